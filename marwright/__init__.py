@@ -1,0 +1,1 @@
+"""The library behind every command: learning → packing → release."""

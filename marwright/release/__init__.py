@@ -1,0 +1,1 @@
+"""From a `.mar` to the version that answers."""
