@@ -43,6 +43,11 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
 
 
+def read_json(path: Path) -> Any:
+    """What `write_json` wrote."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def sha256(path: Path) -> str:
     """Hex digest of a file's bytes, read in pieces."""
     with path.open("rb") as stream:

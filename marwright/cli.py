@@ -1,0 +1,45 @@
+"""From words to a call, and from an error to an exit code.
+
+0  done
+1  expected failure: a MarwrightError, told with its hint
+2  usage
+3  rolled back
+130  Ctrl-C
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import tyro
+
+from marwright.errors import MarwrightError, SettingsError
+
+
+def run(main: Callable[[Any], int], settings: type[Any], argv: Sequence[str], *, prog: str) -> int:
+    """Parse `argv` into a `settings` value and call `main` with it; expected errors become exit codes."""
+    wants_json = "--json" in argv
+    try:
+        value = tyro.cli(settings, args=list(argv), prog=prog, description=settings.__doc__)
+    except SystemExit as stop:  # tyro has printed help (0) or what was wrong (2)
+        return int(stop.code or 0)
+    try:
+        return main(value)
+    except MarwrightError as error:
+        tell(error, as_json=wants_json)
+        return 2 if isinstance(error, SettingsError) else 1
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+
+
+def tell(error: MarwrightError, *, as_json: bool = False) -> None:
+    """The error on standard error: what happened, and what to type next; or one JSON document on standard output."""
+    if as_json:
+        kind = type(error).__name__
+        print(json.dumps({"error": kind, "message": error.message, "hint": error.hint}, ensure_ascii=False))
+    else:
+        print(f"error: {error}", file=sys.stderr)

@@ -1,0 +1,128 @@
+"""A `.mar`: what is in it, writing it so that the same input gives the same bytes, and proof that it loads.
+
+    record, built = archive.write(run, artifact, recipe_name, serving, store)
+    records.record(store, "digits", "1.0") == record
+
+An archive is written under a temporary name, unpacked into an empty folder, loaded by a clean process that answers its
+golden examples, and only then gets its final name. `docs/mar-format.md` describes every member.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+from model_archiver.manifest_components.manifest import Manifest, RuntimeType
+from model_archiver.manifest_components.model import Model
+
+import handlers
+from handlers.spec import ModelSpec
+from marwright import files
+from marwright.errors import ArchiveExists
+from marwright.packing import container, golden, records, replay
+from marwright.packing.container import Content
+from marwright.packing.exporting import Artifact
+from marwright.packing.records import ArchiveRecord
+from marwright.runs import Run
+
+MANIFEST = "MAR-INF/MANIFEST.json"
+DIGESTS = "MAR-INF/digests.json"
+HANDLERS = {"classification": "handlers.image_classifier", "regression": "handlers.vector_regressor"}
+
+
+def write(
+    run: Run, artifact: Artifact, *, model: str, serving: Mapping[str, Any], store: Path, version: str | None = None
+) -> tuple[ArchiveRecord, bool]:
+    """Build the next version, or `version`; (record, True), or (the same content's record, False).
+
+    `serving` holds workers, batch_size, max_batch_delay (ms), response_timeout, startup_timeout (s), threads.
+    Raises ArchiveExists where `version` is taken by something else, ArchiveInvalid where it does not load.
+    """
+    records.check_name(model)
+    body = members(run, artifact, model=model, serving=serving)
+    content = _content_digest(_digests(body))
+    built = records.records(store, model)
+    same = [record for record in built if record.content == content and version in (None, record.version)]
+    if same:
+        return same[-1], False
+    taken = records.taken(store, model)
+    number = records.check_version(version) if version else records.next_version(taken)
+    file = f"{model}-{number}.mar"
+    if number in taken:
+        raise ArchiveExists(f"{file} is there already, with other content", hint="leave --version out for the next one")
+    body[MANIFEST] = _manifest(model, number, artifact.spec)
+    digests = _digests(body)
+    body[DIGESTS] = (json.dumps(digests, indent=2, sort_keys=True) + "\n").encode()
+    with files.replacing(store / file) as temporary:
+        container.write(temporary, body)
+        replay.prove(temporary)
+        record = ArchiveRecord(
+            model=model,
+            version=number,
+            file=file,
+            sha256=files.sha256(temporary),
+            size=temporary.stat().st_size,
+            bundle=hashlib.sha256(body[DIGESTS]).hexdigest()[:16],
+            content=content,
+            run=run.id,
+            format=artifact.spec.format,
+            workers=int(serving["workers"]),
+            metrics=dict(artifact.spec.metrics),
+        )
+    files.write_json(store / records.record_name(file), asdict(record))
+    return record, True
+
+
+def members(run: Run, artifact: Artifact, *, model: str, serving: Mapping[str, Any]) -> dict[str, Content]:
+    """Everything but MAR-INF, by its path in the archive."""
+    package = Path(str(handlers.__file__)).parent
+    found: dict[str, Content] = {f"handlers/{path.name}": path for path in sorted(package.glob("*.py"))}
+    found["spec.json"] = artifact.spec.to_json().encode()
+    found[artifact.spec.artifact] = artifact.path
+    found["model-config.yaml"] = model_config(serving)
+    found |= golden.members(run, artifact.spec)
+    return found
+
+
+def model_config(serving: Mapping[str, Any]) -> bytes:
+    """TorchServe's own settings of a model; being in the archive, a rollback restores them too."""
+    document = {
+        "minWorkers": serving["workers"],
+        "maxWorkers": serving["workers"],
+        "batchSize": serving["batch_size"],
+        "maxBatchDelay": serving["max_batch_delay"],
+        "responseTimeout": serving["response_timeout"],
+        "startupTimeout": serving["startup_timeout"],
+        "handler": {"threads": serving["threads"]},
+    }
+    return yaml.safe_dump(document, sort_keys=False).encode()
+
+
+def _manifest(model: str, version: str, spec: ModelSpec) -> bytes:
+    """Made by the stock archiver's own classes; only the time is ours."""
+    described = Model(
+        model_name=model,
+        serialized_file=spec.artifact,
+        handler=HANDLERS[spec.task],
+        model_version=version,
+        config_file="model-config.yaml",
+    )
+    manifest = Manifest(runtime=RuntimeType.PYTHON.value, model=described)
+    manifest.manifest_dict["createdOn"] = "01/01/1980 00:00:00"
+    return (str(manifest) + "\n").encode()
+
+
+def _digests(body: Mapping[str, Content]) -> dict[str, str]:
+    return {
+        name: files.sha256(content) if isinstance(content, Path) else hashlib.sha256(content).hexdigest()
+        for name, content in sorted(body.items())
+    }
+
+
+def _content_digest(digests: Mapping[str, str]) -> str:
+    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,126 @@
+"""Which version should be answering: the journal, a SQLite file in the store.
+
+Entries are only ever added. The last "released" entry of a model is the truth about it; TorchServe's own memory, its
+snapshots and a restart change nothing.
+
+    with journal.open(store) as book:
+        book.released("digits")      → Release(version="1.0", proven=False, …) or None
+        book.release("digits", "1.1", proven=False, why="archived while the server was stopped")
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sqlite3
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from marwright.errors import RolloutError
+
+FILE = "journal.db"
+BUSY_SECONDS = 20.0
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of the journal. `at` is UTC, ISO 8601."""
+
+    number: int
+    at: str
+    model: str
+    version: str
+    event: str
+    detail: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Release:
+    """The version of a model that should be answering, and whether a rollout has proved it."""
+
+    model: str
+    version: str
+    proven: bool
+    why: str
+    at: str
+
+
+class Journal:
+    """An open journal; see `open`. Several processes may hold one at a time."""
+
+    def __init__(self, database: sqlite3.Connection, path: Path) -> None:
+        self._database = database
+        self._path = path
+
+    def add(self, model: str, version: str, event: str, **detail: Any) -> None:
+        """One more entry, on disk when this returns."""
+        with _told(self._path), self._database:
+            self._database.execute(
+                "insert into entries (at, model, version, event, detail) values (?, ?, ?, ?, ?)",
+                (datetime.now(UTC).isoformat(timespec="milliseconds"), model, version, event, json.dumps(detail)),
+            )
+
+    def release(self, model: str, version: str, *, proven: bool, why: str) -> None:
+        """From now on `version` should be answering for `model`."""
+        was = self.released(model)
+        self.add(model, version, "released", proven=proven, why=why, was=was.version if was else None)
+
+    def released(self, model: str) -> Release | None:
+        entries = self.entries(model, event="released")
+        if not entries:
+            return None
+        last = entries[-1]
+        return Release(model, last.version, bool(last.detail["proven"]), str(last.detail["why"]), last.at)
+
+    def releases(self) -> dict[str, Release]:
+        """What should be answering, by model."""
+        found = {model: self.released(model) for (model,) in self._query("select distinct model from entries")}
+        return {model: release for model, release in sorted(found.items()) if release is not None}
+
+    def has_proven_rollout(self, model: str) -> bool:
+        """Once a rollout was proven, a mere build never changes what answers."""
+        return any(entry.detail["proven"] for entry in self.entries(model, event="released"))
+
+    def entries(self, model: str | None = None, *, event: str | None = None) -> tuple[Entry, ...]:
+        """Oldest first."""
+        rows = self._query(
+            "select number, at, model, version, event, detail from entries"
+            " where (?1 is null or model = ?1) and (?2 is null or event = ?2) order by number",
+            (model, event),
+        )
+        return tuple(Entry(*fields, detail=json.loads(detail)) for *fields, detail in rows)
+
+    def _query(self, statement: str, values: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+        with _told(self._path):
+            return self._database.execute(statement, values).fetchall()
+
+
+@contextlib.contextmanager
+def open(store: Path) -> Iterator[Journal]:
+    """The journal of a store; made where there is none. `RolloutError` where it cannot be read or written."""
+    path = store / FILE
+    with _told(path):
+        store.mkdir(parents=True, exist_ok=True)
+        database = sqlite3.connect(path, timeout=BUSY_SECONDS)
+    with contextlib.closing(database):
+        with _told(path), database:
+            database.execute("pragma synchronous = full")
+            database.execute(
+                "create table if not exists entries (number integer primary key, at text not null,"
+                " model text not null, version text not null, event text not null, detail text not null)"
+            )
+        yield Journal(database, path)
+
+
+@contextlib.contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """Trouble with the file, said in our words."""
+    try:
+        yield
+    except (sqlite3.Error, OSError) as error:
+        raise RolloutError(
+            f"the journal {path} cannot be used: {error}", hint="the store must be a writable folder on a local disk"
+        ) from error

@@ -1,0 +1,154 @@
+"""Options of every command: one frozen dataclass each. The command lines are derived from them by tyro.
+
+`Places` is what all of them share: where the recipes, the runs, the store and the server's configuration are. Defaults
+are relative to the working directory, which is the checkout for every Make target.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from tyro.conf import Positional
+
+
+@dataclass(frozen=True, kw_only=True)
+class Places:
+    """Where things are."""
+
+    store: Path = Path("model_store")
+    """Folder of the archives, their records and the journal."""
+    config: Path = Path("config.properties")
+    """TorchServe's hand-written configuration."""
+    runs: Path = Path("runs")
+    """Folder of training runs."""
+    recipes: Path = Path("recipes")
+    """Folder of recipes."""
+    json: bool = False
+    """Print one JSON document instead of tables and sentences."""
+
+    @property
+    def serving(self) -> Path:
+        """The generated configuration that TorchServe reads."""
+        return self.store / "serving.properties"
+
+    @property
+    def home(self) -> Path:
+        """Working directory of the server: its logs and key_file.json land here."""
+        return self.config.resolve().parent
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeChoice(Places):
+    """What to train, and on what."""
+
+    recipe: Annotated[str, tyro.conf.arg(aliases=["-r"])] = "digits"
+    """Name of a file in recipes/, or a path to a .toml file."""
+    data: Path | None = None
+    """Folder or zip with the examples, instead of the recipe's own source."""
+    epochs: int | None = None
+    """Instead of the recipe's."""
+    seed: int | None = None
+    """Instead of the recipe's."""
+    batch_size: int | None = None
+    """Training batch, instead of the recipe's."""
+    lr: float | None = None
+    """Learning rate, instead of the recipe's."""
+
+    def overrides(self) -> dict[str, object]:
+        """The recipe's training options that were given on the command line."""
+        given = {"epochs": self.epochs, "seed": self.seed, "batch_size": self.batch_size, "lr": self.lr}
+        return {name: value for name, value in given.items() if value is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings(RecipeChoice):
+    """Train a recipe. A run that is there already is not trained again."""
+
+    resume: bool = False
+    """Go on from the last whole epoch of an interrupted run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportSettings(RecipeChoice):
+    """Export a run as an artifact, and compare it with the eager net. Trains first where there is no run yet."""
+
+    format: Literal["eager", "onnx"] | None = None
+    """Instead of the recipe's."""
+    run: Path | None = None
+    """A finished run folder, instead of the recipe's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArchiveSettings(ExportSettings):
+    """Package a run as <name>-<version>.mar. Trains and exports first where that was not done."""
+
+    version: str | None = None
+    """Instead of the next one: 1.0, 1.1, …"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeSettings(ArchiveSettings):
+    """Train, export, archive, start TorchServe, and wait for a real answer."""
+
+    timeout: float = 120.0
+    """Seconds to wait for an answer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StopSettings(Places):
+    """Stop TorchServe; returns when it has ended."""
+
+    timeout: float = 60.0
+    """Seconds to wait before its processes are killed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatusSettings(Places):
+    """What is built, what is released, and what answers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictSettings(Places):
+    """Ask the running server."""
+
+    input: Positional[Path]
+    """A picture, an .npy or .json file; `-` reads standard input."""
+    model: str | None = None
+    """Name of the model; the only one served when not given."""
+    version: str | None = None
+    """Pin a version; the default one answers otherwise."""
+    grpc: bool = False
+    """Over gRPC instead of REST."""
+    top_k: int | None = None
+    """How many classes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenSettings(Places):
+    """Print a token that is valid now, renewed if need be: `curl -H "Authorization: Bearer $(marwright token)"`."""
+
+    kind: Positional[Literal["inference", "management"]] = "inference"
+    """Which API it opens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReleaseSettings(Places):
+    """Make a version the released one, without proof. The journal says so for ever."""
+
+    version: Positional[str]
+    """The version that shall answer."""
+    model: str = "digits"
+    """Name of the model."""
+    timeout: float = 120.0
+    """Seconds to wait for its workers where the server is running."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActivateSettings(Places):
+    """Write JAVA_HOME and TS_CONFIG_FILE into a virtual environment's activate script."""
+
+    venv: Path = Path(".venv")
+    """The virtual environment."""

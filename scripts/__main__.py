@@ -1,0 +1,44 @@
+"""`marwright VERB …`: every verb is a file in this folder, with a `SETTINGS` dataclass and a `main(settings)`."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from marwright import cli
+
+VERBS = {
+    "train": "train a recipe into a run folder",
+    "export": "turn a run into an artifact, and compare it with the eager net",
+    "archive": "package a run as <name>-<version>.mar",
+    "serve": "train, export, archive, start TorchServe, wait for a real answer",
+    "stop": "stop TorchServe and wait for its end",
+    "status": "what is built, what is released, what answers",
+    "predict": "ask the running server",
+    "token": "print a valid token",
+    "release": "make a version the released one, without proof",
+    "activate": "write JAVA_HOME and TS_CONFIG_FILE into the venv's activate",
+}
+
+
+def usage() -> str:
+    lines = ["usage: marwright VERB [options]      (marwright VERB --help lists them)", ""]
+    return "\n".join(lines + [f"  {verb:<10}{line}" for verb, line in VERBS.items()])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0 if words else 2
+    verb, rest = words[0], words[1:]
+    if verb not in VERBS:
+        print(f"error: no verb {verb!r}\n\n{usage()}", file=sys.stderr)
+        return 2
+    module = importlib.import_module(f"scripts.{verb}")
+    return cli.run(module.main, module.SETTINGS, rest, prog=f"marwright {verb}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
