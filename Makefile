@@ -1,0 +1,76 @@
+# Every target is a verb of the command line; `make help` prints what is below.
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-print-directory
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3.11)
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+RECIPE ?= digits
+MODEL ?= $(RECIPE)
+
+# Options that a target passes on when they are given: make archive RECIPE=cifar10 DATA=cifar10.zip EPOCHS=5
+recipe_options = --recipe '$(RECIPE)' $(if $(DATA),--data '$(DATA)') $(if $(EPOCHS),--epochs $(EPOCHS)) $(if $(SEED),--seed $(SEED))
+format_option = $(if $(FORMAT),--format $(FORMAT))
+version_option = $(if $(VERSION),--version $(VERSION))
+
+.PHONY: help setup serve stop status predict token train export archive release test lint bench clean
+
+help: ## print this
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@echo
+	@echo "  variables: RECIPE=digits DATA=folder-or-zip EPOCHS= SEED= FORMAT=onnx|eager VERSION= IMAGE= GRPC=1"
+
+setup: $(STAMP) ## make the virtual environment (the other targets do it themselves)
+
+$(STAMP): pyproject.toml requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info[:2] == (3, 11) else "Python 3.11 is needed, $(PYTHON) is " + sys.version.split()[0] + ": make PYTHON=/path/to/python3.11 ...")'
+	@test -x $(BIN)/python || { echo "making $(VENV) and installing into it (once; about 6 GB, a few minutes)"; $(PYTHON) -m venv $(VENV); }
+	@$(BIN)/python -m pip install --disable-pip-version-check --requirement requirements.lock
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@$(BIN)/marwright activate --venv $(VENV)
+	@touch $@
+
+serve: $(STAMP) ## train, export, archive, start TorchServe, wait for a real answer
+	@$(BIN)/marwright serve $(recipe_options) $(format_option) $(version_option)
+
+stop: $(STAMP) ## stop TorchServe; returns when it has ended
+	@$(BIN)/marwright stop
+
+status: $(STAMP) ## what is built, what is released, what answers
+	@$(BIN)/marwright status
+
+predict: $(STAMP) ## ask the running server: make predict IMAGE=cat.png [GRPC=1] [MODEL=cifar10]
+	@$(if $(IMAGE),,echo "error: which picture? make predict IMAGE=cat.png"; exit 2;) \
+	$(BIN)/marwright predict '$(IMAGE)' $(if $(filter command line environment,$(origin MODEL) $(origin RECIPE)),--model '$(MODEL)') $(if $(GRPC),--grpc) $(if $(TOP_K),--top-k $(TOP_K)) $(version_option)
+
+token: $(STAMP) ## print a valid inference token (KIND=management for the other)
+	@$(BIN)/marwright token $(KIND)
+
+train: $(STAMP) ## train a recipe: make train RECIPE=cifar10 DATA=cifar10.zip
+	@$(BIN)/marwright train $(recipe_options) $(if $(RESUME),--resume)
+
+export: $(STAMP) ## export a run as an artifact
+	@$(BIN)/marwright export $(recipe_options) $(format_option)
+
+archive: $(STAMP) ## package a run into model_store/
+	@$(BIN)/marwright archive $(recipe_options) $(format_option) $(version_option)
+
+release: $(STAMP) ## make a version answer, without proof: make release VERSION=1.1 [MODEL=cifar10]
+	@$(if $(VERSION),,echo "error: which version? make release VERSION=1.1"; exit 2;) $(BIN)/marwright release '$(VERSION)' --model '$(MODEL)'
+
+test: $(STAMP) ## ruff, mypy and the whole test suite, the real server included
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+	@$(BIN)/pytest $(PYTEST_ARGS)
+
+lint: $(STAMP) ## ruff and mypy alone
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+bench: $(STAMP) ## train every recipe three times and print what it reaches (minutes to hours)
+	@$(BIN)/python -m benchmarks.training
+
+clean: ## remove caches; never model_store/, runs/ or the journal
+	@rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info
+	@find . -path ./$(VENV) -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf
