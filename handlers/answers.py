@@ -1,0 +1,94 @@
+"""The artifact's outputs → one JSON body for each request, in the form in which it was asked.
+
+    answers.body(payload, {"probabilities": rows}, spec, model="digits", version="1.0")
+
+| form      | classification                                   | regression                     |
+|-----------|--------------------------------------------------|--------------------------------|
+| stock     | `{label: probability}`, best first               | `{target: value}`              |
+| list      | a list of those, one for each instance           | the same                       |
+| kserve-v1 | `{"predictions": [{label: probability}, …]}`     | `{"predictions": [value, …]}`  |
+| kserve-v2 | `labels` BYTES and `probabilities` FP32, [N, k]  | the target's name, FP32 [N, 1] |
+
+In v2 `labels[n][i]` belongs to `probabilities[n][i]`, best first. A v2 request may name the outputs that it wants;
+`embedding` (FP32 [N, D]) is given to who asks for it by name.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from handlers.errors import BadRequest
+from handlers.payloads import Payload
+from handlers.spec import ModelSpec
+
+Outputs = Mapping[str, NDArray[Any]]
+
+
+def answer(payload: Payload, outputs: Outputs, spec: ModelSpec, *, model: str, version: str) -> Any:
+    """What to send, as JSON-ready values. `BadRequest` 500 where the model gave NaN or infinity."""
+    first = outputs[spec.outputs[0]]
+    if not np.isfinite(first).all():
+        raise BadRequest(500, "the model gave no finite answer to this input")
+    if payload.form == "kserve-v2":
+        return _kserve_v2(payload, outputs, spec, model, version)
+    if spec.task == "regression":
+        values = first[:, 0].tolist()
+        if payload.form == "kserve-v1":
+            return {"predictions": values}
+        rows = [{spec.target: value} for value in values]
+    else:
+        indices, probabilities = best(first, payload.top_k)
+        rows = [
+            {spec.classes[index]: value for index, value in zip(*pair, strict=True)}
+            for pair in zip(indices.tolist(), probabilities.tolist(), strict=True)
+        ]
+        if payload.form == "kserve-v1":
+            return {"predictions": rows}
+    return rows[0] if payload.form == "stock" else rows
+
+
+def best(probabilities: NDArray[Any], k: int) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Indices and probabilities of the k most probable classes, N×k each, best first; of equals the lower index."""
+    indices = np.argsort(-probabilities, axis=1, kind="stable")[:, :k]
+    return indices, np.take_along_axis(probabilities, indices, axis=1)
+
+
+def encode(value: Any) -> bytes:
+    """Compact JSON, never with NaN in it."""
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def refusal(error: BadRequest) -> dict[str, Any]:
+    """The body of a request that was refused."""
+    return {"code": error.status, "reason": error.reason}
+
+
+def _kserve_v2(payload: Payload, outputs: Outputs, spec: ModelSpec, model: str, version: str) -> dict[str, Any]:
+    offered: dict[str, dict[str, Any]] = {}
+    first = outputs[spec.outputs[0]]
+    if spec.task == "regression":
+        offered[spec.target] = _tensor(spec.target, first)
+        usual: tuple[str, ...] = (spec.target,)
+    else:
+        indices, probabilities = best(first, payload.top_k)
+        labels = [spec.classes[index] for index in indices.ravel().tolist()]
+        offered["labels"] = {"name": "labels", "shape": list(indices.shape), "datatype": "BYTES", "data": labels}
+        offered["probabilities"] = _tensor("probabilities", probabilities)
+        usual = ("labels", "probabilities")
+    if "embedding" in payload.outputs:
+        if not np.isfinite(outputs["embedding"]).all():
+            raise BadRequest(500, "the model gave no finite embedding for this input")
+        offered["embedding"] = _tensor("embedding", outputs["embedding"])
+    document = {"model_name": model, "model_version": version}
+    if payload.identifier is not None:
+        document["id"] = payload.identifier
+    return {**document, "outputs": [offered[name] for name in payload.outputs or usual]}
+
+
+def _tensor(name: str, values: NDArray[Any]) -> dict[str, Any]:
+    return {"name": name, "shape": list(values.shape), "datatype": "FP32", "data": values.ravel().tolist()}

@@ -1,0 +1,252 @@
+"""A request's way through a worker, to be read from top to bottom.
+
+    preprocess    requests → Batch: one array N×…, where each request's rows are, and an error for each that has none
+    inference     array → {"probabilities": N×K, "embedding": N×D where the net has one}
+    postprocess   one answer for each request, in order; a failed one gets its own status and reason
+
+A request's fault stays with that request. One batch may hold requests over REST and gRPC, in KServe's forms and the
+stock one, with several instances each, and calls for the model's description.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from handlers import answers, images, payloads, runtime
+from handlers.bundle import Bundle
+from handlers.errors import PHRASES, BadRequest, LoadError
+from handlers.payloads import Headers, Payload
+from handlers.settings import WorkerSettings
+from handlers.spec import ImageInput, ModelSpec
+
+FAILED = "MARWRIGHT-FAILED"
+"""Begins the one line in the model log that says why a worker did not start."""
+
+_log = logging.getLogger(__name__)
+_OURS = "the server failed on this request; its log says why"
+_CHUNK = 64
+"""Instances in one forward pass at most (or the configured batch size, if larger): bounds memory."""
+
+
+@dataclass
+class Request:
+    """One request of a batch, and what has become of it."""
+
+    headers: Headers = field(default_factory=Headers)
+    meta: bool = False
+    payload: Payload | None = None
+    rows: slice = slice(0)
+    """Its instances in the batch's array."""
+    error: BadRequest | None = None
+
+
+@dataclass
+class Batch:
+    """What preprocessing makes of a list of requests."""
+
+    array: NDArray[Any]
+    """Every instance of every good request, in order."""
+    requests: list[Request]
+
+
+@dataclass
+class Results:
+    """What inference makes of a batch's array."""
+
+    outputs: dict[str, NDArray[Any]]
+    failed: set[int] = field(default_factory=set)
+    """Rows for which the model raised an exception; their outputs mean nothing."""
+
+
+class BatchHandler:
+    """What TorchServe calls. A subclass says which task it answers for."""
+
+    task = ""
+
+    def initialize(self, context: Any) -> None:
+        """Verify, load, warm up. Any failure is one line in the log and a RuntimeError."""
+        try:
+            self._start(context)
+        except Exception as error:
+            cause = str(error) if isinstance(error, LoadError) else f"{type(error).__name__}: {error}"
+            line = f"{FAILED} {' '.join(cause.split())[:1000]}"
+            _log.error("%s", line)
+            raise RuntimeError(line) from None if isinstance(error, LoadError) else error
+
+    def handle(self, data: Sequence[Any] | None, context: Any) -> list[bytes]:
+        """One body for each request, in order."""
+        if not data:
+            return []
+        batch = self.preprocess(data, context)
+        results = self.inference(batch)
+        return self.postprocess(batch, results, context)
+
+    def preprocess(self, data: Sequence[Any], context: Any) -> Batch:
+        """Parse and decode each request by itself."""
+        requests: list[Request] = []
+        arrays: list[NDArray[Any]] = []
+        for index, fields in enumerate(data):
+            request = Request()
+            requests.append(request)
+            try:
+                request.headers = Headers.read(context.get_all_request_header(index) or {})
+                if request.headers.describe:
+                    continue
+                if not isinstance(fields, Mapping):
+                    raise BadRequest(400, "the request has no input; the field is `data`")
+                request.meta = not request.headers.http and payloads.flag(fields, "meta")
+                request.payload = payloads.parse(fields, request.headers, self.spec)
+                decoded = self._decode(request.payload)
+                request.rows = slice(len(arrays), len(arrays) + len(decoded))
+                arrays += decoded
+            except BadRequest as error:
+                request.error = error
+            except Exception:
+                _log.exception("request %s failed before inference", context.get_request_id(index))
+                request.error = BadRequest(500, _OURS)
+        return Batch(np.stack(arrays) if arrays else runtime.blank(self.spec, 0), requests)
+
+    def inference(self, batch: Batch) -> Results:
+        """Run the array in chunks; where a chunk fails, its rows are run one by one, so that only the culprit fails."""
+        results = Results({})
+        parts: list[dict[str, NDArray[Any]]] = []
+        for start in range(0, len(batch.array), self.chunk):
+            chunk = batch.array[start : start + self.chunk]
+            try:
+                parts.append(self.runtime.run(chunk))
+            except Exception:
+                _log.exception("inference failed on %d instances; running them one by one", len(chunk))
+                parts.extend(self._one_by_one(chunk, start, results.failed))
+        if len(parts) == 1:
+            results.outputs = parts[0]
+        elif parts:
+            results.outputs = {name: np.concatenate([part[name] for part in parts]) for name in self.spec.outputs}
+        return results
+
+    def postprocess(self, batch: Batch, results: Results, context: Any) -> list[bytes]:
+        """Bodies, statuses and headers."""
+        return [self._reply(index, request, results, context) for index, request in enumerate(batch.requests)]
+
+    def describe(self) -> dict[str, Any]:
+        """What exactly is serving: the answer to `GET /models/<name>/<version>?customized=true`."""
+        spec = self.spec
+        return {
+            "model": self.model,
+            "version": self.version,
+            "bundle": self.bundle.digest,
+            "run": spec.run,
+            "data_digest": spec.data_digest,
+            "artifact": spec.artifact,
+            "artifact_sha256": self.bundle.members.get(spec.artifact, ""),
+            "format": spec.format,
+            "task": spec.task,
+            "labels": list(spec.classes),
+            "target": spec.target,
+            "metrics": dict(spec.metrics),
+            "device": self.runtime.device,
+            "threads": self.settings.threads,
+            "pid": os.getpid(),
+        }
+
+    def _start(self, context: Any) -> None:
+        properties = context.system_properties
+        model_dir = Path(properties["model_dir"])
+        self.bundle = Bundle.verify(model_dir)
+        self.spec = ModelSpec.from_json((model_dir / "spec.json").read_text(encoding="utf-8"))
+        if self.spec.task != self.task:
+            raise LoadError(f"{type(self).__name__} answers for {self.task}; spec.json says {self.spec.task}")
+        manifest = (context.manifest or {}).get("model", {})
+        self.model, self.version = str(manifest.get("modelName", "")), str(manifest.get("modelVersion", ""))
+        for name, value in (("modelName", self.model), ("modelVersion", self.version)):
+            if not re.fullmatch(r"[\x21-\x7e]+", value):
+                raise LoadError(f"MAR-INF/MANIFEST.json: {name} is {value!r}; expected printable ASCII")
+        if isinstance(self.spec.input, ImageInput):
+            images.require(self.spec.input.decoder)
+        self.settings = WorkerSettings.read(os.environ, context.model_yaml_config)
+        self.settings.apply()
+        gpu = properties.get("gpu_id")
+        self.runtime = runtime.load(
+            self.spec, model_dir, threads=self.settings.threads, gpu=None if gpu is None else int(gpu)
+        )
+        batch_size = max(1, int(properties.get("batch_size") or 1))
+        self.chunk = max(_CHUNK, batch_size)
+        runtime.warm_up(self.runtime, self.spec, {1, batch_size})
+        self._identity = {"X-Model-Name": self.model, "X-Model-Version": self.version,
+                          "X-Bundle-Digest": self.bundle.digest}  # fmt: skip
+
+    def _decode(self, payload: Payload) -> list[NDArray[Any]]:
+        if payload.form == "stock":
+            return [payloads.array(payload.instances[0], self.spec)]
+        decoded = []
+        for index, instance in enumerate(payload.instances):
+            try:
+                decoded.append(payloads.array(instance, self.spec))
+            except BadRequest as error:
+                raise error.at(index) from None
+        return decoded
+
+    def _one_by_one(self, chunk: NDArray[Any], start: int, failed: set[int]) -> list[dict[str, NDArray[Any]]]:
+        parts: list[dict[str, NDArray[Any]] | None] = []
+        for offset in range(len(chunk)):
+            try:
+                parts.append(self.runtime.run(chunk[offset : offset + 1]))
+            except Exception:
+                _log.exception("the model fails on row %d of the batch", start + offset)
+                failed.add(start + offset)
+                parts.append(None)
+        good = next((part for part in parts if part is not None), None)
+        filler = {name: np.full_like(good[name], np.nan) if good else np.zeros((1, 1)) for name in self.spec.outputs}
+        return [filler if part is None else part for part in parts]
+
+    def _reply(self, index: int, request: Request, results: Results, context: Any) -> bytes:
+        try:
+            value, status = self._answer(request, results), 200
+            body = None if request.meta else answers.encode(value)
+        except BadRequest as error:
+            request.error = error
+        except Exception:
+            _log.exception("request %s failed after inference", context.get_request_id(index))
+            request.error = BadRequest(500, _OURS)
+        if request.error is not None:
+            value, status = answers.refusal(request.error), request.error.status
+            body = None if request.meta else answers.encode(value)
+        if request.headers.http:
+            for name, text in self._identity.items():
+                context.set_response_header(index, name, text)
+            context.set_response_content_type(index, "application/json")
+            if status != 200:
+                context.set_response_status(status, PHRASES[status], index)
+        elif not request.headers.describe:
+            context.set_response_header(index, "ts_stream_next", "false")
+        if body is None:
+            body = answers.encode(self._with_meta(value, request.error, context.get_request_id(index)))
+        return body
+
+    def _answer(self, request: Request, results: Results) -> Any:
+        if request.error is not None:
+            raise request.error
+        if request.headers.describe:
+            return self.describe()
+        if request.payload is None:
+            raise AssertionError("a request with neither payload nor error")
+        rows = request.rows
+        if results.failed and not results.failed.isdisjoint(range(rows.start, rows.stop)):
+            raise BadRequest(500, "the model failed on this input; the server's log says why")
+        mine = {name: output[rows] for name, output in results.outputs.items()}
+        return answers.answer(request.payload, mine, self.spec, model=self.model, version=self.version)
+
+    def _with_meta(self, value: Any, error: BadRequest | None, request_id: str | None) -> dict[str, Any]:
+        """gRPC answers have neither headers nor statuses: a caller who sets `meta` gets them in the body."""
+        status = 200 if error is None else error.status
+        document = {"prediction": None if error else value, "status": status, "model": self.model}
+        document |= {"version": self.version, "bundle": self.bundle.digest, "request_id": request_id}
+        return document if error is None else {**document, "reason": error.reason}

@@ -1,0 +1,64 @@
+"""What the machine tells a worker, read once.
+
+The archive's `model-config.yaml` may say `handler: {threads: 2}`; the variable `MARWRIGHT_THREADS` beats it.
+Nothing said means one thread, whatever OMP_NUM_THREADS or the number of cores would have meant.
+
+    settings = WorkerSettings.read(os.environ, context.model_yaml_config)
+    settings.apply()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from handlers.errors import LoadError
+
+
+@dataclass(frozen=True)
+class WorkerSettings:
+    """Run-time settings of one worker process."""
+
+    threads: int = 1
+    """Threads that one forward pass may use; 1 to 1024."""
+
+    @classmethod
+    def read(cls, environ: Mapping[str, str], model_config: Mapping[str, Any] | None) -> WorkerSettings:
+        """`LoadError` names the variable or key with an unusable value, and any key that is not known."""
+        section = (model_config or {}).get("handler") or {}
+        if not isinstance(section, Mapping):
+            raise LoadError(f"model-config.yaml: handler is {section!r}; expected a table such as {{threads: 1}}")
+        unknown = sorted(str(key) for key in section if key != "threads")
+        if unknown:
+            raise LoadError(f"model-config.yaml: handler has unknown keys {', '.join(unknown)}; known: threads")
+        if environ.get("MARWRIGHT_THREADS"):
+            return cls(_threads(environ["MARWRIGHT_THREADS"], "MARWRIGHT_THREADS"))
+        if section.get("threads") is not None:
+            return cls(_threads(section["threads"], "model-config.yaml: handler.threads"))
+        return cls()
+
+    def apply(self) -> None:
+        """Set torch's thread pools. The pool between operators can be set once in a process, and stays."""
+        torch.set_num_threads(self.threads)
+        if torch.get_num_interop_threads() != self.threads:
+            try:
+                torch.set_num_interop_threads(self.threads)
+            except RuntimeError as error:
+                raise LoadError(f"cannot set torch's interop threads to {self.threads}: {_first_line(error)}") from None
+
+
+def _threads(value: object, name: str) -> int:
+    try:
+        threads = int(str(value))
+    except ValueError:
+        threads = 0
+    if not 1 <= threads <= 1024 or isinstance(value, bool):
+        raise LoadError(f"{name} is {value!r}; allowed: a whole number from 1 to 1024")
+    return threads
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]
