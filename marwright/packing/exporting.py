@@ -18,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from handlers.settings import WorkerSettings
 
 from handlers import runtime
 from handlers.nets import ServingGraph
@@ -91,7 +90,7 @@ def check_parity(graph: ServingGraph, spec: ModelSpec, folder: Path, inputs: np.
 
     Classification also wants the same top class wherever the eager net's lead is more than the tolerance.
     """
-    loaded = runtime.load(spec, folder, WorkerSettings())
+    loaded = runtime.load(spec, folder, threads=1, gpu=None)
     first = spec.outputs[0]
     with torch.inference_mode():
         expected = graph(torch.from_numpy(inputs))[0].numpy()

@@ -48,6 +48,32 @@ class Release:
     at: str
 
 
+@dataclass(frozen=True)
+class Standing:
+    """What a new archive means for the version that answers: whether it becomes the released one, and the words."""
+
+    releases: bool
+    sentence: str
+
+
+def after_archive(version: str, *, new: bool, released: Release | None, running: bool, proven: bool) -> Standing:
+    """A build changes what answers only where nothing is running and nothing was ever proved.
+
+    `new`: the journal has not heard of this archive before;
+    `proven`: the journal holds a proven rollout of this model; `released` is what it says should be answering.
+    """
+    if released is None:
+        return Standing(True, f"{version} will answer at the next start (released, unproven)")
+    if released.version == version or not new:
+        return Standing(False, "")
+    if running or proven:
+        return Standing(
+            False,
+            f"{released.version} still answers: `make rollout`, or `make release VERSION={version}` without proof",
+        )
+    return Standing(True, f"{version} will answer at the next start (was {released.version})")
+
+
 class Journal:
     """An open journal; see `open`. Several processes may hold one at a time."""
 

@@ -1,0 +1,54 @@
+"""Package a run as <name>-<version>.mar, and say which version will answer."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+from marwright.packing import archive
+from marwright.packing.records import ArchiveRecord
+from marwright.release import journal, serving
+from marwright.release.journal import Standing
+from marwright.release.server import Server
+from marwright.settings import ArchiveSettings
+from scripts import export
+
+SETTINGS = ArchiveSettings
+
+
+def main(settings: ArchiveSettings) -> int:
+    record, built, standing = archived(settings)
+    if settings.json:
+        print(json.dumps(asdict(record) | {"built": built, "released": standing.releases}))
+        return 0
+    if not built:
+        print(f"unchanged: {record.file}")
+    else:
+        print(f"built {settings.store / record.file} ({record.size / 1000:.0f} kB, sha256 {record.sha256[:12]})")
+    if standing.sentence:
+        print(standing.sentence)
+    return 0
+
+
+def archived(settings: ArchiveSettings) -> tuple[ArchiveRecord, bool, Standing]:
+    """The archive of the recipe's run, whether it is new, and what that means for the version that answers."""
+    chosen, run, artifact = export.exported(settings)
+    record, built = archive.write(
+        run, artifact, model=chosen.name, serving=chosen.serving.model_dump(), store=settings.store,
+        version=settings.version,
+    )
+    running = Server.running(settings.home, settings.serving) is not None
+    with journal.open(settings.store) as book:
+        new = not any(entry.version == record.version for entry in book.entries(record.model, event="archived"))
+        if new:
+            book.add(record.model, record.version, "archived", run=record.run, sha256=record.sha256)
+        released = book.released(record.model)
+        standing = journal.after_archive(
+            record.version, new=new, released=released, running=running,
+            proven=book.has_proven_rollout(record.model),
+        )
+        if standing.releases:
+            why = "first archive" if released is None else "archived while the server was stopped"
+            book.release(record.model, record.version, proven=False, why=why)
+    serving.refresh(settings.config, settings.store)
+    return record, built, standing
