@@ -194,13 +194,17 @@ class _Values:
         if found is None:
             return str(self.refuse(key, "not http://host:port"))
         scheme, host, port = found.groups()
-        return f"{scheme}://{host}:{self.port(key, port or ('443' if scheme == 'https' else '80'))}"
+        return f"{scheme}://{_callable(host)}:{self.port(key, port or ('443' if scheme == 'https' else '80'))}"
 
     def target(self, prefix: str, default: str) -> str:
         host, _, port = default.rpartition(":")
-        return f"{self.text(f'{prefix}_address', host)}:" + str(
-            self.port(f"{prefix}_port", self.text(f"{prefix}_port", port))
-        )
+        host = _callable(self.text(f"{prefix}_address", host))
+        return f"{host}:{self.port(f'{prefix}_port', self.text(f'{prefix}_port', port))}"
+
+
+def _callable(host: str) -> str:
+    """A server may bind every address; its clients on this machine call loopback."""
+    return {"0.0.0.0": "127.0.0.1", "[::]": "[::1]", "::": "[::1]"}.get(host, host)
 
 
 def _existing(folder: Path, value: str, config_path: Path, key: str) -> Path:

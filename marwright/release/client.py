@@ -1,0 +1,447 @@
+"""TorchServe's inference and management API as an object. Nothing else sees an HTTP response or a gRPC stub.
+
+    with Client(config, Tokens(Path("key_file.json"), config)) as client:
+        answer = client.predict("digits", image_bytes)
+        answer.json(), answer.version, answer.bundle
+
+Every call has a timeout, carries the right token and is made once more when the token had just been renewed by
+somebody else. Every refusal is a `ServerRefused` with TorchServe's own words and what to do about it; nobody answering
+is a `ServerUnreachable`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, Self
+from urllib.parse import quote
+
+import requests
+
+from marwright.errors import ServerUnreachable, SettingsError
+from marwright.release import answers
+from marwright.release.answers import Answer, ModelStatus
+from marwright.release.grpc_api import GrpcApi
+from marwright.release.properties import ServerConfig
+from marwright.release.protos import inference_pb2, management_pb2
+from marwright.release.tokens import Kind, Tokens
+
+Fields = Mapping[str, bytes | str]
+Body = bytes | Mapping[str, Any] | Sequence[Any]
+
+
+class Client:
+    """One server. Safe to share between threads that only call; close it, or use it in a `with`."""
+
+    def __init__(self, config: ServerConfig, tokens: Tokens | None, *, timeout: float = 10.0) -> None:
+        """`tokens` may be None when the configuration turns token authorization off."""
+        self.config = config
+        self.timeout = timeout
+        self._tokens = tokens if config.token_auth else None
+        self._session = requests.Session()
+        self._session.trust_env = False  # no proxy between us and loopback, and no .netrc in place of the token
+        self._grpc: GrpcApi | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._session.close()
+        if self._grpc is not None:
+            self._grpc.close()
+            self._grpc = None
+
+    # ---------------------------------------------------------------- inference
+
+    def predict(
+        self,
+        model: str,
+        body: Body = b"",
+        *,
+        fields: Fields | None = None,
+        version: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        content_type: str | None = None,
+        timeout: float | None = None,
+    ) -> Answer:
+        """One prediction over REST: of raw bytes, of a value sent as JSON, or of `fields` sent as multipart."""
+        return self._infer(_path("predictions", model, version), body, fields, headers, content_type, timeout)
+
+    def explain(
+        self,
+        model: str,
+        body: Body = b"",
+        *,
+        fields: Fields | None = None,
+        version: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        content_type: str | None = None,
+        timeout: float | None = None,
+    ) -> Answer:
+        """As `predict`, with the handler asked to explain."""
+        return self._infer(_path("explanations", model, version), body, fields, headers, content_type, timeout)
+
+    def predict_kserve_v1(self, model: str, body: Mapping[str, Any], *, timeout: float | None = None) -> Answer:
+        """`{"instances": […]}` to the default version: this URL cannot name another."""
+        return self._infer(f"/v1/models/{_name(model)}:predict", body, None, None, None, timeout)
+
+    def explain_kserve_v1(self, model: str, body: Mapping[str, Any], *, timeout: float | None = None) -> Answer:
+        return self._infer(f"/v1/models/{_name(model)}:explain", body, None, None, None, timeout)
+
+    def predict_kserve_v2(self, model: str, body: Mapping[str, Any], *, timeout: float | None = None) -> Answer:
+        """`{"inputs": […]}` to the default version: this URL cannot name another."""
+        return self._infer(f"/v2/models/{_name(model)}/infer", body, None, None, None, timeout)
+
+    def ready_kserve_v1(self, model: str) -> bool:
+        """KServe's own readiness. True as soon as a worker thread exists; `describe` knows better.
+
+        TorchServe serves it on the management port, and no other of KServe's health and metadata calls over REST.
+        """
+        return bool(self._rest("GET", "management", f"/v1/models/{_name(model)}").json()["ready"])
+
+    def ping(self) -> str:
+        """TorchServe's word for its health: "Healthy" also while no worker can start, so ask `describe`."""
+        return str(self._rest("GET", "inference", "/ping").json()["status"])
+
+    def api_description(self, kind: Kind = "inference") -> dict[str, Any]:
+        """OpenAPI description of one of the two APIs."""
+        return dict(self._rest("OPTIONS", kind, "/").json())
+
+    def metrics(self, names: Sequence[str] = ()) -> str:
+        """What Prometheus would scrape, all of it or the metrics named."""
+        parameters = [("name[]", name) for name in names]
+        return self._rest("GET", "metrics", "/metrics", params=parameters).text
+
+    # ---------------------------------------------------------------- management
+
+    def models(self) -> dict[str, str]:
+        """Every model's name and the file of its default version, however many pages that takes."""
+        found: dict[str, str] = {}
+        page = "0"
+        while page:
+            value = self._rest("GET", "management", "/models", params={"limit": "100", "next_page_token": page}).json()
+            found |= {model["modelName"]: model["modelUrl"] for model in value["models"]}
+            page = value.get("nextPageToken", "")
+        return found
+
+    def describe(
+        self,
+        model: str,
+        version: str | None = None,
+        *,
+        customized: bool = False,
+        timeout: float | None = None,
+    ) -> tuple[ModelStatus, ...]:
+        """The default version, one version, or `"all"`; `customized` has the handler's own words with it.
+
+        TorchServe names the default version only by answering with it, and gives metadata for one version at a time.
+        """
+
+        def described(version: str | None, customized: bool) -> list[dict[str, Any]]:
+            return list(
+                self._rest(
+                    "GET",
+                    "management",
+                    _path("models", model, version),
+                    params={"customized": "true"} if customized else {},
+                    timeout=timeout,
+                ).json()
+            )
+
+        if version is None:
+            values = described(None, customized)
+            default = values[0]["modelVersion"]
+        else:
+            default = described(None, False)[0]["modelVersion"]
+            values = described(version, customized)
+            if version == "all" and customized:
+                values = [described(value["modelVersion"], True)[0] for value in values]
+        return tuple(ModelStatus.from_json(value, default=value["modelVersion"] == default) for value in values)
+
+    def register(
+        self,
+        file_name: str,
+        *,
+        initial_workers: int | None = None,
+        synchronous: bool = False,
+        batch_size: int | None = None,
+        max_batch_delay: int | None = None,
+        response_timeout: int | None = None,
+        startup_timeout: int | None = None,
+        timeout: float | None = None,
+    ) -> str:
+        """Load a `.mar` of the model store; with `synchronous`, return when its workers are ready.
+
+        What the archive's own model-config.yaml says beats these numbers.
+        """
+        parameters = {
+            "url": _bare(file_name),
+            "initial_workers": initial_workers,
+            "synchronous": "true" if synchronous else None,
+            "batch_size": batch_size,
+            "max_batch_delay": max_batch_delay,
+            "response_timeout": response_timeout,
+            "startup_timeout": startup_timeout,
+        }
+        if timeout is None and synchronous:
+            timeout = float(startup_timeout or self.config.startup_timeout) + self.timeout
+        return self._managed("POST", "/models", parameters, timeout)
+
+    def scale(
+        self,
+        model: str,
+        version: str | None = None,
+        *,
+        min_workers: int,
+        max_workers: int | None = None,
+        synchronous: bool = False,
+        timeout: float | None = None,
+    ) -> str:
+        """Set the number of workers. Scaling down kills at once: requests in flight get a 500 or hang."""
+        parameters = {
+            "min_worker": min_workers,
+            "max_worker": min_workers if max_workers is None else max_workers,
+            "synchronous": "true" if synchronous else None,
+        }
+        if timeout is None and synchronous:
+            timeout = self.config.startup_timeout + self.timeout
+        return self._managed("PUT", _path("models", model, version), parameters, timeout)
+
+    def set_default(self, model: str, version: str) -> str:
+        """Let `version` answer requests that name none."""
+        return self._managed("PUT", _path("models", model, version) + "/set-default", {}, None)
+
+    def unregister(self, model: str, version: str | None = None, *, timeout: float | None = None) -> str:
+        """Remove one version (without a version: the default, when it is the only one). Its workers die at once."""
+        return self._managed("DELETE", _path("models", model, version), {}, timeout)
+
+    def renew_token(self, kind: Kind) -> None:
+        """Have the server make a new key, which is then in the key file. The old one is refused from now on."""
+        if self._tokens is None:
+            raise SettingsError("the server asks for no tokens", hint="disable_token_authorization=false turns them on")
+        self._tokens.renew(kind)
+
+    # ---------------------------------------------------------------- gRPC
+
+    def predict_grpc(
+        self,
+        model: str,
+        fields: Fields,
+        *,
+        version: str | None = None,
+        meta: bool = True,
+        timeout: float | None = None,
+    ) -> Answer:
+        """One prediction over gRPC. With `meta`, our handlers wrap the answer: it tells as much as a REST one."""
+        request = _prediction(model, fields, version, meta)
+        body = self._api().predict(request, timeout=timeout or self.timeout)
+        return Answer.from_envelope(body, what=f"gRPC prediction of {model}")
+
+    def stream_grpc(
+        self,
+        model: str,
+        fields: Fields,
+        *,
+        version: str | None = None,
+        meta: bool = True,
+        timeout: float | None = None,
+    ) -> Iterator[Answer]:
+        """The pieces of one answer. Only for handlers that set ts_stream_next: the worker of another dies of it."""
+        request = _prediction(model, fields, version, meta)
+        for body in self._api().stream(request, timeout=timeout or self.timeout):
+            yield Answer.from_envelope(body, what=f"gRPC stream of {model}")
+
+    def ping_grpc(self) -> str:
+        return str(json.loads(self._api().ping(timeout=self.timeout))["status"])
+
+    def models_grpc(self) -> dict[str, str]:
+        found: dict[str, str] = {}
+        page = 0
+        while True:
+            request = management_pb2.ListModelsRequest(limit=100, next_page_token=page)
+            value = json.loads(self._api().manage("ListModels", request, timeout=self.timeout))
+            found |= {model["modelName"]: model["modelUrl"] for model in value["models"]}
+            page = int(value.get("nextPageToken") or 0)
+            if not page:
+                return found
+
+    def describe_grpc(
+        self, model: str, version: str | None = None, *, customized: bool = False
+    ) -> tuple[ModelStatus, ...]:
+        def described(version: str, customized: bool) -> list[dict[str, Any]]:
+            request = management_pb2.DescribeModelRequest(
+                model_name=model, model_version=version, customized=customized
+            )
+            value = json.loads(self._api().manage("DescribeModel", request, timeout=self.timeout))
+            return list(value) if isinstance(value, list) else [value]
+
+        default = self.describe(model)[0].version
+        values = described(version or default, customized)
+        return tuple(ModelStatus.from_json(value, default=value["modelVersion"] == default) for value in values)
+
+    def register_grpc(
+        self,
+        file_name: str,
+        *,
+        initial_workers: int = 0,
+        synchronous: bool = False,
+        timeout: float | None = None,
+    ) -> str:
+        request = management_pb2.RegisterModelRequest(
+            url=_bare(file_name), initial_workers=initial_workers, synchronous=synchronous
+        )
+        if timeout is None and synchronous:
+            timeout = self.config.startup_timeout + self.timeout
+        return self._api().manage("RegisterModel", request, timeout=timeout or self.timeout)
+
+    def scale_grpc(
+        self,
+        model: str,
+        version: str | None = None,
+        *,
+        min_workers: int,
+        max_workers: int | None = None,
+        synchronous: bool = False,
+        timeout: float | None = None,
+    ) -> str:
+        """As `scale`, but TorchServe turns 0 into 1 here, so 0 is refused."""
+        if min_workers < 1:
+            raise SettingsError("over gRPC TorchServe turns 0 workers into 1", hint="use scale(), or unregister it")
+        request = management_pb2.ScaleWorkerRequest(
+            model_name=model,
+            model_version=version or "",
+            min_worker=min_workers,
+            max_worker=max_workers or min_workers,
+            synchronous=synchronous,
+        )
+        return self._api().manage("ScaleWorker", request, timeout=timeout or self.timeout)
+
+    def set_default_grpc(self, model: str, version: str) -> str:
+        request = management_pb2.SetDefaultRequest(model_name=model, model_version=version)
+        return self._api().manage("SetDefault", request, timeout=self.timeout)
+
+    def unregister_grpc(self, model: str, version: str | None = None, *, timeout: float | None = None) -> str:
+        request = management_pb2.UnregisterModelRequest(model_name=model, model_version=version or "")
+        return self._api().manage("UnregisterModel", request, timeout=timeout or self.timeout)
+
+    # ---------------------------------------------------------------- private
+
+    def _api(self) -> GrpcApi:
+        if self._grpc is None:
+            self._grpc = GrpcApi(self.config, self._tokens)
+        return self._grpc
+
+    def _infer(
+        self,
+        path: str,
+        body: Body,
+        fields: Fields | None,
+        headers: Mapping[str, str] | None,
+        content_type: str | None,
+        timeout: float | None,
+    ) -> Answer:
+        sent = dict(headers or {})
+        files = None
+        data: bytes | None = None
+        if fields is not None:
+            # without a file name TorchServe takes a field for text, and bytes would be mangled
+            files = {name: (None if isinstance(value, str) else name, value) for name, value in fields.items()}
+        else:
+            data = bytes(body) if isinstance(body, bytes | bytearray) else json.dumps(body).encode()
+            raw = isinstance(body, bytes | bytearray)
+            sent["Content-Type"] = content_type or ("application/octet-stream" if raw else "application/json")
+        response = self._rest("POST", "inference", path, headers=sent, data=data, files=files, timeout=timeout)
+        return Answer.from_headers(response.content, response.status_code, response.headers)
+
+    def _managed(self, method: str, path: str, parameters: Mapping[str, Any], timeout: float | None) -> str:
+        given = {name: str(value) for name, value in parameters.items() if value is not None}
+        return str(self._rest(method, "management", path, params=given, timeout=timeout).json()["status"])
+
+    def _rest(
+        self,
+        method: str,
+        kind: Literal["inference", "management", "metrics"],
+        path: str,
+        *,
+        headers: Mapping[str, str] | None = None,
+        timeout: float | None = None,
+        **request: Any,
+    ) -> requests.Response:
+        """One call, and a second one when the token was refused and there is a better one."""
+        url = getattr(self.config, f"{kind}_url") + path
+        what = f"{method} {url}"
+        key_kind: Kind = "management" if kind == "management" else "inference"
+        token = self._tokens.key(key_kind) if self._tokens else None
+        response = self._send(method, url, token, headers, timeout, request)
+        if response.status_code == 400 and self._tokens and token and b"InvalidKeyException" in response.content:
+            better = self._tokens.after_refusal(key_kind, token)
+            if better is not None:
+                response = self._send(method, url, better, headers, timeout, request)
+        if response.status_code >= 400:
+            key_file = str(self._tokens.key_file) if self._tokens else "key_file.json"
+            answers.raise_refusal(what, response.status_code, response.content, key_file=key_file)
+        return response
+
+    def _send(
+        self,
+        method: str,
+        url: str,
+        token: str | None,
+        headers: Mapping[str, str] | None,
+        timeout: float | None,
+        request: Mapping[str, Any],
+    ) -> requests.Response:
+        sent = dict(headers or {})
+        if token is not None:
+            sent["Authorization"] = f"Bearer {token}"
+        limit = timeout or self.timeout
+        try:
+            return self._session.request(
+                method, url, headers=sent, timeout=(min(limit, 5.0), limit), allow_redirects=False, **request
+            )
+        except requests.ReadTimeout as error:
+            raise ServerUnreachable(
+                f"{method} {url}: no answer within {limit:g} s",
+                hint="`make status` shows whether workers are ready; a request can be given more time",
+            ) from error
+        except requests.RequestException as error:
+            if len(request.get("data") or b"") > self.config.max_request_size:  # it hangs up while we are sending
+                answers.raise_refusal(f"{method} {url}", 413, b"the request is larger than max_request_size")
+            raise ServerUnreachable(
+                f"{method} {url}: nobody answers: {error}", hint="`make serve` starts the server"
+            ) from error
+
+
+def _path(first: str, model: str, version: str | None) -> str:
+    return f"/{first}/{_name(model)}" + (f"/{quote(version, safe='')}" if version is not None else "")
+
+
+def _name(model: str) -> str:
+    """A model's name as part of a path."""
+    if not model or model.startswith("token"):
+        raise SettingsError(
+            f"{model!r} cannot be the name of a model: TorchServe takes every path with /token for a token call",
+            hint="give the model another name",
+        )
+    return quote(model, safe="")
+
+
+def _bare(file_name: str) -> str:
+    """TorchServe deletes the `.mar` of a model that was registered by URL, as soon as that is unregistered."""
+    if not re.fullmatch(r"[^/\\:]+", file_name):
+        raise SettingsError(
+            f"{file_name!r} is not the bare name of a file in the model store",
+            hint="copy the .mar into model_store/ and register it by its name, as in digits-1.0.mar",
+        )
+    return file_name
+
+
+def _prediction(model: str, fields: Fields, version: str | None, meta: bool) -> inference_pb2.PredictionsRequest:
+    given = {name: value.encode() if isinstance(value, str) else value for name, value in fields.items()}
+    if meta:
+        given["meta"] = b"1"
+    return inference_pb2.PredictionsRequest(model_name=model, model_version=version or "", input=given)
