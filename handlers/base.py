@@ -44,7 +44,7 @@ class Request:
     headers: Headers = field(default_factory=Headers)
     meta: bool = False
     payload: Payload | None = None
-    rows: slice = slice(0)
+    rows: slice = field(default_factory=lambda: slice(0))
     """Its instances in the batch's array."""
     error: BadRequest | None = None
 
