@@ -10,7 +10,7 @@ An error says what happened (`message`), which thing it happened to, and what to
     ├── ExportError ── ParityError   max |Δ|, allowed, worst input
     ├── ArchiveError ── ArchiveExists · ArchiveInvalid(issues: all of them at once)
     ├── ServerError ── ServerUnreachable · ServerRefused(status, TorchServe's own words) · NotReady(last words)
-    └── RolloutError
+    └── RolloutError ── IdentityMismatch(expected, serving)
 """
 
 from __future__ import annotations
@@ -99,3 +99,12 @@ class NotReady(ServerError):
 
 class RolloutError(MarwrightError):
     """The released version cannot be changed in the way that was asked."""
+
+
+class IdentityMismatch(RolloutError):
+    """What answers is not what was released."""
+
+    def __init__(self, message: str, *, expected: str, serving: str, hint: str = "") -> None:
+        super().__init__(f"{message}: expected {expected}, serving {serving}", hint=hint)
+        self.expected = expected
+        self.serving = serving

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 
+from marwright.release.server import Server
+
 from marwright.packing import archive
 from marwright.packing.records import ArchiveRecord
 from marwright.release import journal, serving
 from marwright.release.journal import Standing
-from marwright.release.server import Server
 from marwright.settings import ArchiveSettings
 from scripts import export
 
@@ -34,7 +35,11 @@ def archived(settings: ArchiveSettings) -> tuple[ArchiveRecord, bool, Standing]:
     """The archive of the recipe's run, whether it is new, and what that means for the version that answers."""
     chosen, run, artifact = export.exported(settings)
     record, built = archive.write(
-        run, artifact, model=chosen.name, serving=chosen.serving.model_dump(), store=settings.store,
+        run,
+        artifact,
+        model=chosen.name,
+        serving=chosen.serving.model_dump(),
+        store=settings.store,
         version=settings.version,
     )
     running = Server.running(settings.home, settings.serving) is not None
@@ -44,7 +49,10 @@ def archived(settings: ArchiveSettings) -> tuple[ArchiveRecord, bool, Standing]:
             book.add(record.model, record.version, "archived", run=record.run, sha256=record.sha256)
         released = book.released(record.model)
         standing = journal.after_archive(
-            record.version, new=new, released=released, running=running,
+            record.version,
+            new=new,
+            released=released,
+            running=running,
             proven=book.has_proven_rollout(record.model),
         )
         if standing.releases:

@@ -10,19 +10,17 @@ or a live server, compares with `differences`.
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from handlers import images
 from handlers.spec import ImageInput, ModelSpec
 from marwright import files
 from marwright.errors import ArchiveError
-from marwright.learning import training
 from marwright.runs import Run
 
 TOLERANCE = 1e-3
@@ -43,6 +41,10 @@ class Golden:
 
 def members(run: Run, spec: ModelSpec) -> dict[str, bytes]:
     """The run's golden bodies and their answers by the eager net, by path in the archive."""
+    import torch  # not at the top: whoever only replays needs no torch
+
+    from marwright.learning import training
+
     folder = run.file("golden", made_by="train")
     entries: list[dict[str, Any]] = files.read_json(folder / "golden.json")
     if len(entries) < LEAST:
@@ -62,15 +64,19 @@ def members(run: Run, spec: ModelSpec) -> dict[str, bytes]:
 def decode(body: bytes, spec: ModelSpec) -> np.ndarray:
     """A body as the artifact takes it: uint8 C×H×W, or float32 F."""
     if isinstance(spec.input, ImageInput):
+        from handlers import images
+
         return images.decode(body, spec.input, spec.limits)
     return np.asarray(json.loads(body), dtype=np.float32)
 
 
-def read(folder: Path) -> tuple[Golden, ...]:
-    """The golden examples of an unpacked archive."""
-    entries = files.read_json(folder / "golden" / "golden.json")
+def read(path: Path) -> tuple[Golden, ...]:
+    """The golden examples of an archive (a `.mar`, or the folder it was unpacked into)."""
+    root = zipfile.Path(path) if path.is_file() else path
+    folder = root / "golden"
+    entries = json.loads((folder / "golden.json").read_text(encoding="utf-8"))
     return tuple(
-        Golden(entry["file"], (folder / "golden" / entry["file"]).read_bytes(), entry["kind"], entry["answer"])
+        Golden(entry["file"], (folder / entry["file"]).read_bytes(), entry["kind"], entry["answer"])
         for entry in entries
     )
 

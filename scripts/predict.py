@@ -1,0 +1,59 @@
+"""Ask the running server, over REST or gRPC, and print what it says and who said it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from marwright.errors import DataError, SettingsError
+from marwright.release.client import Client
+from marwright.settings import PredictSettings
+from scripts import live
+
+SETTINGS = PredictSettings
+
+
+def main(settings: PredictSettings) -> int:
+    body = _read(settings.input)
+    with live.client(settings) as client:
+        model = settings.model or _only_model(client)
+        if settings.grpc:
+            fields = {"data": body} | ({"top_k": str(settings.top_k).encode()} if settings.top_k else {})
+            answer = client.predict_grpc(model, fields, version=settings.version)
+        else:
+            headers = {"X-Top-K": str(settings.top_k)} if settings.top_k else {}
+            kind = "application/json" if settings.input.suffix == ".json" else "application/octet-stream"
+            answer = client.predict(model, body, version=settings.version, headers=headers, content_type=kind)
+    value = answer.json()
+    who = {"model": answer.model, "version": answer.version, "bundle": answer.bundle}
+    if settings.json:
+        print(json.dumps({"prediction": value, **who}, ensure_ascii=False))
+        return 0
+    table = Table(box=None, pad_edge=False)
+    table.add_column("answer")
+    table.add_column("", justify="right")
+    pairs = value.items() if isinstance(value, dict) else enumerate(value if isinstance(value, list) else [value])
+    for name, score in pairs:
+        table.add_row(str(name), f"{score:.4f}" if isinstance(score, float) else json.dumps(score))
+    Console().print(table)
+    print(f"{model} {answer.version}, bundle {answer.bundle}, over {'gRPC' if settings.grpc else 'REST'}")
+    return 0
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}", hint="make predict IMAGE=picture.png") from None
+
+
+def _only_model(client: Client) -> str:
+    models = sorted(client.models())
+    if len(models) != 1:
+        there = ", ".join(models) or "none"
+        raise SettingsError(f"the server serves {len(models)} models: {there}", hint="name one: --model NAME")
+    return models[0]

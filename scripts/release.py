@@ -1,0 +1,45 @@
+"""Make a version the released one, without proof; where the server is running, it answers from now on."""
+
+from __future__ import annotations
+
+import json
+
+from marwright.packing import golden, records
+from marwright.packing.records import ArchiveRecord
+from marwright.release import journal, proof, serving
+from marwright.release.client import Client
+from marwright.release.server import Server
+from marwright.settings import ReleaseSettings
+from scripts import live
+
+SETTINGS = ReleaseSettings
+
+
+def main(settings: ReleaseSettings) -> int:
+    record = records.record(settings.store, settings.model, settings.version)
+    records.check_whole(record, settings.store)
+    with journal.open(settings.store) as book:
+        was = book.released(record.model)
+        running = Server(settings.serving, home=settings.home).find() is not None
+        if running:
+            with live.client(settings) as client:
+                switch(client, record, settings, seconds=settings.timeout)
+        if was is None or was.version != record.version:
+            book.release(record.model, record.version, proven=False, why="released by hand, without proof")
+    serving.refresh(settings.config, settings.store)
+    before = f" (was {was.version})" if was and was.version != record.version else ""
+    when = "answers now" if running else "will answer at the next start"
+    if settings.json:
+        print(json.dumps({"model": record.model, "version": record.version, "running": running}))
+    else:
+        print(f"{record.version} {when}{before}; the journal says: released without proof")
+    return 0
+
+
+def switch(client: Client, record: ArchiveRecord, settings: ReleaseSettings, *, seconds: float) -> None:
+    """Load the version beside the one that answers, see that it is itself, and only then make it the default."""
+    if record.version not in live.versions(client, record.model):
+        client.register(record.file, initial_workers=record.workers, synchronous=True, timeout=seconds)
+    live.wait_workers(client, record, seconds=seconds)
+    proof.prove(client, record, golden.read(settings.store / record.file))
+    client.set_default(record.model, record.version)
