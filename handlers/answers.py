@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from handlers import kserve
 from handlers.errors import BadRequest
 from handlers.payloads import Payload
 from handlers.spec import ModelSpec
@@ -69,26 +70,18 @@ def refusal(error: BadRequest) -> dict[str, Any]:
 
 
 def _kserve_v2(payload: Payload, outputs: Outputs, spec: ModelSpec, model: str, version: str) -> dict[str, Any]:
-    offered: dict[str, dict[str, Any]] = {}
     first = outputs[spec.outputs[0]]
     if spec.task == "regression":
-        offered[spec.target] = _tensor(spec.target, first)
-        usual: tuple[str, ...] = (spec.target,)
+        tensors = [kserve.tensor(spec.target, first)]
     else:
         indices, probabilities = best(first, payload.top_k)
         labels = [spec.classes[index] for index in indices.ravel().tolist()]
-        offered["labels"] = {"name": "labels", "shape": list(indices.shape), "datatype": "BYTES", "data": labels}
-        offered["probabilities"] = _tensor("probabilities", probabilities)
-        usual = ("labels", "probabilities")
+        tensors = [kserve.strings("labels", indices.shape, labels), kserve.tensor("probabilities", probabilities)]
     if "embedding" in payload.outputs:
         if not np.isfinite(outputs["embedding"]).all():
             raise BadRequest(500, "the model gave no finite embedding for this input")
-        offered["embedding"] = _tensor("embedding", outputs["embedding"])
-    document = {"model_name": model, "model_version": version}
-    if payload.identifier is not None:
-        document["id"] = payload.identifier
-    return {**document, "outputs": [offered[name] for name in payload.outputs or usual]}
-
-
-def _tensor(name: str, values: NDArray[Any]) -> dict[str, Any]:
-    return {"name": name, "shape": list(values.shape), "datatype": "FP32", "data": values.ravel().tolist()}
+        tensors.append(kserve.tensor("embedding", outputs["embedding"]))
+    by_name = {tensor["name"]: tensor for tensor in tensors}
+    chosen = [by_name[name] for name in payload.outputs] or tensors
+    identity = {"model_name": model, "model_version": version}
+    return {**identity, **({} if payload.identifier is None else {"id": payload.identifier}), "outputs": chosen}

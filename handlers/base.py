@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from handlers import answers, images, payloads, runtime
+from handlers import answers, images, instances, payloads, runtime
 from handlers.bundle import Bundle
 from handlers.errors import PHRASES, BadRequest, LoadError
 from handlers.payloads import Headers, Payload
@@ -78,9 +78,9 @@ class BatchHandler:
             self._start(context)
         except Exception as error:
             cause = str(error) if isinstance(error, LoadError) else f"{type(error).__name__}: {error}"
-            line = f"{FAILED} {' '.join(cause.split())[:1000]}"
-            _log.error("%s", line)
-            raise RuntimeError(line) from None if isinstance(error, LoadError) else error
+            cause = " ".join(cause.split())[:1000]
+            _log.error("%s %s", FAILED, cause)
+            raise RuntimeError(cause) from None if isinstance(error, LoadError) else error
 
     def handle(self, data: Sequence[Any] | None, context: Any) -> list[bytes]:
         """One body for each request, in order."""
@@ -162,6 +162,8 @@ class BatchHandler:
         model_dir = Path(properties["model_dir"])
         self.bundle = Bundle.verify(model_dir)
         self.spec = ModelSpec.from_json((model_dir / "spec.json").read_text(encoding="utf-8"))
+        for name in ("spec.json", "MAR-INF/MANIFEST.json", self.spec.artifact):
+            self.bundle.require(name)
         if self.spec.task != self.task:
             raise LoadError(f"{type(self).__name__} answers for {self.task}; spec.json says {self.spec.task}")
         manifest = (context.manifest or {}).get("model", {})
@@ -180,16 +182,19 @@ class BatchHandler:
         batch_size = max(1, int(properties.get("batch_size") or 1))
         self.chunk = max(_CHUNK, batch_size)
         runtime.warm_up(self.runtime, self.spec, {1, batch_size})
-        self._identity = {"X-Model-Name": self.model, "X-Model-Version": self.version,
-                          "X-Bundle-Digest": self.bundle.digest}  # fmt: skip
+        self._identity = {
+            "X-Model-Name": self.model,
+            "X-Model-Version": self.version,
+            "X-Bundle-Digest": self.bundle.digest,
+        }
 
     def _decode(self, payload: Payload) -> list[NDArray[Any]]:
         if payload.form == "stock":
-            return [payloads.array(payload.instances[0], self.spec)]
+            return [instances.array(payload.instances[0], self.spec)]
         decoded = []
         for index, instance in enumerate(payload.instances):
             try:
-                decoded.append(payloads.array(instance, self.spec))
+                decoded.append(instances.array(instance, self.spec))
             except BadRequest as error:
                 raise error.at(index) from None
         return decoded

@@ -37,8 +37,10 @@ class Bundle:
         """`LoadError` names the first file that is not right."""
         root = model_dir.resolve()
         if root / "handlers" != HOME:
-            raise LoadError(f"handlers was imported from {HOME}, not from the archive's {root / 'handlers'}: "
-                            "is there a checkout on PYTHONPATH?")  # fmt: skip
+            raise LoadError(
+                f"handlers was imported from {HOME}, not from the archive's {root / 'handlers'}: "
+                "is there a checkout on PYTHONPATH?"
+            )
         try:
             listing = (root / DIGESTS).read_bytes()
             members = json.loads(listing)
@@ -55,6 +57,11 @@ class Bundle:
             if path.name.endswith(tuple(all_suffixes())) and "__pycache__" not in path.parts and name not in members:
                 raise LoadError(f"the archive holds code that {DIGESTS} does not list: {name}")
         return cls(hashlib.sha256(listing).hexdigest()[:16], members)
+
+    def require(self, name: str) -> None:
+        """`LoadError` unless this member was verified."""
+        if name not in self.members:
+            raise LoadError(f"{DIGESTS} does not list {name!r}, so nobody vouches for it")
 
 
 def _check(root: Path, name: str, expected: str) -> None:

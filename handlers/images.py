@@ -79,7 +79,10 @@ def decode(encoded: bytes | bytearray, wanted: ImageInput, limits: Limits) -> Pi
 
 
 def fit(image: Image.Image | NDArray[Any], wanted: ImageInput) -> Pixels:
-    """C×H×W, from any Pillow image or from an H×W or H×W×C array (see `eight_bits`). `BadRequest` 422 for others."""
+    """C×H×W and writable, from any Pillow image or from an H×W or H×W×C array (see `eight_bits`).
+
+    `BadRequest` 422 for an array of another shape or with values out of range.
+    """
     if isinstance(image, np.ndarray):
         if image.ndim == 3 and image.shape[2] == 1:
             image = image[:, :, 0]
@@ -91,10 +94,9 @@ def fit(image: Image.Image | NDArray[Any], wanted: ImageInput) -> Pixels:
     if image.mode != mode:
         image = image.convert(mode)
     image = _resized(image, wanted)
-    pixels: Pixels = np.asarray(image)
     if wanted.channels == 1:
-        return pixels[np.newaxis]
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+        return np.array(image)[np.newaxis]
+    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
 
 def eight_bits(values: NDArray[Any]) -> Pixels:
@@ -106,7 +108,7 @@ def eight_bits(values: NDArray[Any]) -> Pixels:
     kind = values.dtype.kind
     if kind == "b":
         return values.astype(np.uint8) * np.uint8(255)
-    if values.dtype == np.uint16:
+    if kind == "u" and values.dtype.itemsize == 2:
         return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
     if kind in "iu":
         if values.size and not (values.min() >= 0 and values.max() <= 255):

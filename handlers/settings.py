@@ -9,6 +9,7 @@ Nothing said means one thread, whatever OMP_NUM_THREADS or the number of cores w
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -41,13 +42,11 @@ class WorkerSettings:
         return cls()
 
     def apply(self) -> None:
-        """Set torch's thread pools. The pool between operators can be set once in a process, and stays."""
+        """Set torch's thread pools. ONNX Runtime is given `threads` when a session is made."""
         torch.set_num_threads(self.threads)
-        if torch.get_num_interop_threads() != self.threads:
-            try:
-                torch.set_num_interop_threads(self.threads)
-            except RuntimeError as error:
-                raise LoadError(f"cannot set torch's interop threads to {self.threads}: {_first_line(error)}") from None
+        # Once in a process, and before any work. Too late is harmless: no net here runs operators side by side.
+        with contextlib.suppress(RuntimeError):
+            torch.set_num_interop_threads(self.threads)
 
 
 def _threads(value: object, name: str) -> int:
@@ -58,7 +57,3 @@ def _threads(value: object, name: str) -> int:
     if not 1 <= threads <= 1024 or isinstance(value, bool):
         raise LoadError(f"{name} is {value!r}; allowed: a whole number from 1 to 1024")
     return threads
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]
