@@ -15,12 +15,13 @@ import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ValidationError
 
-from handlers.spec import ImageInput, Limits
+from handlers.spec import Limits
 from marwright.errors import SettingsError
+from marwright.learning.tables import BUILT_IN, VECTOR_SOURCES, Cosine, Data, NetChoice, Serving, Sgd, Table, Training
 
 RECIPES = Path("recipes")
 ALIASES = {
@@ -37,188 +38,8 @@ ALIASES = {
 
 _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_\-.]*$")
 
-Share = Annotated[float, Field(gt=0, lt=0.9)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1, le=10**9)]
-Side = Annotated[int, Field(ge=1, le=4096)]
-Strings = Annotated[tuple[str, ...], Field(strict=False)]
 
-Source = Literal["digits", "mnist", "cifar10", "diabetes", "folder"]
-VECTOR_SOURCES = ("diabetes",)
-BUILT_IN = ("digits", "diabetes")
-DOWNLOADED = ("mnist", "cifar10")
-
-
-class _Table(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class Data(_Table):
-    """Where examples come from, how a picture becomes an input, and how they are split."""
-
-    source: Source
-    path: str | None = None
-    """Folder or zip in ImageFolder layout; for mnist and cifar10 instead of the download."""
-    channels: Literal[1, 3] | None = None
-    height: Side | None = None
-    width: Side | None = None
-    resize: Literal["stretch", "crop"] = "stretch"
-    validation_share: Share = 0.1
-    test_share: Share = 0.2
-    """Taken from all examples where the data has no test part of its own."""
-    split_seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    on_unreadable: Literal["error", "skip"] = "error"
-    memory_limit: Count = 2 * 2**30
-    """Bytes of decoded pictures that are held in memory; more stream from disk. Results are the same."""
-
-    def image(self) -> ImageInput | None:
-        """What a picture is made into; None for rows of numbers."""
-        if self.channels is None or self.height is None or self.width is None:
-            return None
-        return ImageInput(self.channels, self.height, self.width, self.resize)
-
-
-class NetChoice(_Table):
-    """A net of `handlers.nets.NETS`, or `torchvision:<name>` with a new head."""
-
-    name: str
-    args: dict[str, int | float | bool | str] = {}
-    """Arguments of the net other than the input's shape and the number of classes."""
-    weights: str | None = None
-    """torchvision nets only: a local weights file, or "download" for torchvision's own; None starts from random."""
-    freeze: Strings = ()
-    """torchvision nets only: names of layers that keep their weights ("layer1"), or "backbone" for all of them."""
-
-
-class Sgd(_Table):
-    name: Literal["sgd"]
-    lr: Positive
-    momentum: Fraction = 0.0
-    nesterov: bool = False
-
-
-class Adam(_Table):
-    name: Literal["adam", "adamw"]
-    lr: Positive
-    beta1: Fraction = 0.9
-    beta2: Fraction = 0.999
-
-
-class RmsProp(_Table):
-    name: Literal["rmsprop"]
-    lr: Positive
-    alpha: Fraction = 0.99
-    momentum: Fraction = 0.0
-
-
-class Adagrad(_Table):
-    name: Literal["adagrad"]
-    lr: Positive
-    lr_decay: NotNegative = 0.0
-
-
-Optimiser = Annotated[Sgd | Adam | RmsProp | Adagrad, Field(discriminator="name")]
-
-
-class Constant(_Table):
-    name: Literal["none"]
-
-
-class Step(_Table):
-    """Times `factor` after every `every` epochs."""
-
-    name: Literal["step"]
-    every: Count
-    factor: Annotated[float, Field(gt=0, le=1)] = 0.1
-
-
-class InverseTime(_Table):
-    """1 / (1 + rate·epoch)."""
-
-    name: Literal["inverse_time"]
-    rate: NotNegative
-
-
-class Exponential(_Table):
-    """factor^epoch."""
-
-    name: Literal["exponential"]
-    factor: Annotated[float, Field(gt=0, le=1)]
-
-
-class Cosine(_Table):
-    """Linear warm-up over `warmup` epochs, then half a cosine down to `floor` (a share of lr) at the last step."""
-
-    name: Literal["cosine"]
-    warmup: NotNegative = 0.0
-    floor: Fraction = 0.0
-
-
-class Plateau(_Table):
-    """Times `factor` when the validation loss has not fallen for more than `patience` epochs."""
-
-    name: Literal["plateau"]
-    patience: Annotated[int, Field(ge=0)] = 5
-    factor: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    threshold: Fraction = 1e-4
-    """A loss counts as lower below best·(1 − threshold)."""
-
-
-Schedule = Annotated[Constant | Step | InverseTime | Exponential | Cosine | Plateau, Field(discriminator="name")]
-
-
-class Regularisation(_Table):
-    """Against overfitting. Penalties are on weight matrices and kernels, not on biases and norms."""
-
-    l1: NotNegative = 0.0
-    l2: NotNegative = 0.0
-    """Weight decay; decoupled with adamw."""
-    dropout: Fraction = 0.0
-    label_smoothing: Fraction = 0.0
-    flip: bool = False
-    """Mirror half of the training pictures, left to right."""
-    crop: Annotated[int, Field(ge=0, le=64)] = 0
-    """Pad by so many pixels, then cut the input's size out at a random place."""
-    patience: Annotated[int, Field(ge=1)] | None = None
-    """Stop after so many epochs without a better validation score; None trains all epochs. The best is kept."""
-
-
-class Training(_Table):
-    epochs: Annotated[int, Field(ge=1, le=100_000)]
-    batch_size: Annotated[int, Field(ge=1, le=65536)] = 64
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    optimiser: Optimiser
-    schedule: Schedule = Constant(name="none")
-    regularisation: Regularisation = Regularisation()
-
-
-class LimitsChoice(_Table):
-    """What one request may ask of a worker; training data keeps to the same limits."""
-
-    max_bytes: Count = Limits.max_bytes
-    max_pixels: Count = Limits.max_pixels
-    max_instances: Count = Limits.max_instances
-
-
-class Serving(_Table):
-    """How the model is exported, and what goes into the archive's `model-config.yaml`."""
-
-    format: Literal["onnx", "eager"] = "onnx"
-    workers: Annotated[int, Field(ge=1, le=1024)] = 1
-    batch_size: Annotated[int, Field(ge=1, le=4096)] = 16
-    max_batch_delay: Annotated[int, Field(ge=1, le=60_000)] = 1
-    """Milliseconds. At least 1: TorchServe takes 0 for 100."""
-    threads: Annotated[int, Field(ge=1, le=1024)] = 1
-    """Of one worker."""
-    response_timeout: Annotated[int, Field(ge=1, le=3600)] = 30
-    startup_timeout: Annotated[int, Field(ge=1, le=3600)] = 120
-    top_k: Annotated[int, Field(ge=1, le=10_000)] = 5
-    limits: LimitsChoice = LimitsChoice()
-
-
-class Recipe(_Table):
+class Recipe(Table):
     """One model, whole."""
 
     name: str
@@ -250,7 +71,9 @@ class Recipe(_Table):
         return recipe
 
 
-def load(name_or_path: str | Path, *, recipes_dir: Path = RECIPES, overrides: Mapping[str, Any] | None = None) -> Recipe:
+def load(
+    name_or_path: str | Path, *, recipes_dir: Path = RECIPES, overrides: Mapping[str, Any] | None = None
+) -> Recipe:
     """The recipe of that name in `recipes_dir`, or the file, with `overrides` (None values say nothing) put over it."""
     path = _find(name_or_path, recipes_dir)
     try:
@@ -283,7 +106,9 @@ def _find(name_or_path: str | Path, recipes_dir: Path) -> Path:
     close = difflib.get_close_matches(Path(text).stem, there, n=1)
     raise SettingsError(
         f"no recipe {text!r}; in {recipes_dir}/ there are: {', '.join(there) or 'none'}",
-        hint=f"did you mean {close[0]!r}?" if close else f"copy one to {recipes_dir}/{Path(text).stem}.toml, or name one",
+        hint=f"did you mean {close[0]!r}?"
+        if close
+        else f"copy one to {recipes_dir}/{Path(text).stem}.toml, or name one",
     )
 
 
@@ -346,7 +171,7 @@ def _is_table(kind: Any) -> bool:
 
 def _contradictions(recipe: Recipe) -> list[str]:
     """What each key allows and the whole does not."""
-    from marwright.learning import choosing
+    from marwright.learning import graphs
 
     problems = []
     if not _NAME.match(recipe.name) or recipe.name.lower().startswith("token"):
@@ -357,24 +182,31 @@ def _contradictions(recipe: Recipe) -> list[str]:
     data, task = recipe.data, recipe.task
     vectors = data.source in VECTOR_SOURCES
     if vectors != (task == "regression"):
-        problems.append(f"task is {task!r} but data.source {data.source!r} is for {'regression' if vectors else 'classification'}")
+        problems.append(
+            f"task is {task!r} but data.source {data.source!r} is for {'regression' if vectors else 'classification'}"
+        )
     shape = {"data.channels": data.channels, "data.height": data.height, "data.width": data.width}
     if vectors:
-        problems += [f"{key} is {value}; allowed: nothing, rows of numbers have none" for key, value in shape.items() if value]
+        problems += [
+            f"{key} is {value}; allowed: nothing, rows of numbers have none" for key, value in shape.items() if value
+        ]
     else:
         problems += [f"{key} is missing" for key, value in shape.items() if value is None]
     if data.path is not None and data.source in BUILT_IN:
         problems.append(f"data.path is {data.path!r}; allowed: nothing, {data.source} comes with scikit-learn")
     if data.validation_share + data.test_share > 0.9:
-        problems.append(f"data.validation_share + data.test_share is {data.validation_share + data.test_share:g}; allowed: up to 0.9")
+        both = data.validation_share + data.test_share
+        problems.append(f"data.validation_share + data.test_share is {both:g}; allowed: up to 0.9")
     regular = recipe.training.regularisation
     for key, value in (("flip", regular.flip), ("crop", regular.crop), ("label_smoothing", regular.label_smoothing)):
         if task == "regression" and value:
-            problems.append(f"training.regularisation.{key} is {value!r}; allowed: nothing, it is for pictures and classes")
+            problems.append(
+                f"training.regularisation.{key} is {value!r}; allowed: nothing, it is for pictures and classes"
+            )
     optimiser = recipe.training.optimiser
     if isinstance(optimiser, Sgd) and optimiser.nesterov and not optimiser.momentum:
         problems.append("training.optimiser.nesterov is true; allowed: with momentum above 0")
     schedule = recipe.training.schedule
     if isinstance(schedule, Cosine) and schedule.warmup >= recipe.training.epochs:
         problems.append(f"training.schedule.warmup is {schedule.warmup:g}; allowed: less than training.epochs")
-    return problems + choosing.problems(recipe)
+    return problems + graphs.problems(recipe)

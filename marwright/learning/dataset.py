@@ -1,0 +1,89 @@
+"""A data set that can be learned from: three disjoint parts over one store of inputs.
+
+The store is one tensor (uint8 N×C×H×W, or float32 N×F), in memory or mapped from a file; nobody who takes batches from
+a `Part` can tell which.
+
+    for positions in pieces(order(len(part), part.inputs, generator=generator), 128):
+        inputs, targets = part.take(positions)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from handlers.spec import ImageInput, VectorInput
+from marwright.learning.examples import Body
+
+BLOCK_BYTES = 4 * 2**20
+"""Neighbours in the store that are read together."""
+WINDOW_BYTES = 256 * 2**20
+"""What is shuffled at a time: random blocks from anywhere, mixed within."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """`rows` (int64, ascending) says which of `inputs` are in this part; `targets` are theirs."""
+
+    name: str
+    inputs: Tensor
+    rows: Tensor
+    targets: Tensor
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def take(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Inputs and targets at `positions` of this part, in that order."""
+        return self.inputs.index_select(0, self.rows[positions]), self.targets[positions]
+
+    def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """All of the part, in order."""
+        for positions in pieces(torch.arange(len(self)), size):
+            yield self.take(positions)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What `data.load` gives. `raw(row)` is the request body of an example; `names[row]` says where it came from."""
+
+    input: ImageInput | VectorInput
+    classes: tuple[str, ...]
+    target: str
+    train: Part
+    validation: Part
+    test: Part
+    digest: str
+    split: Mapping[str, Any]
+    names: Sequence[str]
+    raw: Callable[[int], Body]
+    streamed: bool = False
+    notes: tuple[str, ...] = ()
+
+    @property
+    def parts(self) -> tuple[Part, Part, Part]:
+        return self.train, self.validation, self.test
+
+
+def order(count: int, inputs: Tensor, *, generator: torch.Generator) -> Tensor:
+    """Positions 0…count-1 in a new order that a disk can follow.
+
+    Blocks of neighbours are shuffled, then examples within windows of many blocks. A part smaller than one window (256
+    MB) is shuffled evenly. The order depends on sizes alone, so streaming and memory train alike.
+    """
+    row_bytes = max(1, inputs[0].numel() * inputs.element_size()) if len(inputs) else 1
+    block, window = (max(1, size // row_bytes) for size in (BLOCK_BYTES, WINDOW_BYTES))
+    if count <= window:
+        return torch.randperm(count, generator=generator)
+    blocks = pieces(torch.arange(count), block)
+    mixed = torch.cat([blocks[i] for i in torch.randperm(len(blocks), generator=generator).tolist()])
+    return torch.cat([part[torch.randperm(len(part), generator=generator)] for part in pieces(mixed, window)])
+
+
+def pieces(positions: Tensor, size: int) -> list[Tensor]:
+    """In order, `size` at a time; the last may be shorter."""
+    return [positions[start : start + size] for start in range(0, len(positions), size)]

@@ -1,0 +1,255 @@
+"""From a recipe and its data to a finished run folder.
+
+    run = training.train(recipe, dataset, Path("runs"))
+    graph = training.load_graph(run)
+
+All that is random comes from (seed, what for, epoch): an interrupted run that is resumed after any whole epoch ends
+with the weights, bit for bit, of one that never stopped. The best epoch on the validation part is kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import Tensor
+from torch.nn import functional
+
+from handlers.nets import ServingGraph
+from marwright import files
+from marwright.errors import RunError
+from marwright.learning import augmentation, evaluation, golden, graphs, optimisation, provenance
+from marwright.learning.dataset import Dataset, order, pieces
+from marwright.learning.recipe import Recipe
+from marwright.runs import Run
+
+CHECKPOINT = "checkpoint.pt"
+Row = dict[str, float]
+"""One epoch: `epoch` (from 1), `lr` at its end, `train_loss`, `validation_loss`, `validation_<metric>`, `seconds`."""
+
+load_graph = graphs.load
+
+
+def train(
+    recipe: Recipe,
+    dataset: Dataset,
+    run_dir_root: Path,
+    *,
+    resume: bool = False,
+    progress: bool = True,
+    watch: Callable[[Row], None] | None = None,
+) -> Run:
+    """A finished run; at once if the same was trained before. `watch` is called after every whole epoch.
+
+    `resume` goes on from the last whole epoch, where there is one. Ctrl-C leaves that epoch's checkpoint and nothing
+    half-written.
+    """
+    run = Run(run_dir_root / provenance.run_id(recipe, dataset))
+    if run.finished:
+        return run
+    checkpoint = run.path / CHECKPOINT
+    if not resume and run.path.exists():
+        shutil.rmtree(run.path)
+    started = time.perf_counter()
+    about = provenance.about(recipe, dataset, run=run.id) | {"started": datetime.now(UTC).isoformat(timespec="seconds")}
+    files.write_json(run.path / "run.json", about)
+    files.write_json(run.path / "recipe.json", recipe.to_dict())
+    files.write_json(run.path / "split.json", dict(dataset.split))
+
+    trainer = Trainer(recipe, dataset)
+    if checkpoint.is_file():
+        trainer.restore(torch.load(checkpoint, map_location=trainer.device, weights_only=True))
+        about["resumed_after_epoch"] = len(trainer.curves)
+    with _bar(recipe, enabled=progress) as advance:
+        advance(trainer.curves)
+        while not trainer.done:
+            row = trainer.epoch()
+            _save(checkpoint, trainer.state())
+            advance(trainer.curves)
+            if watch is not None:
+                watch(row)
+    graph = trainer.best()
+    _save(run.path / "weights.pt", {name: value.contiguous() for name, value in graph.state_dict().items()})
+    scores = evaluation.evaluate(graph, dataset.test, classes=dataset.classes)
+    spec = graphs.spec(recipe, dataset, graph, run=run.id, metrics=scores.metrics)
+    files.write_text(run.path / "spec.json", spec.to_json())
+    golden.write(dataset, run.path)
+    files.write_json(run.path / "curves.json", trainer.curves)
+    about |= {
+        "epochs": len(trainer.curves),
+        "best_epoch": trainer.best_epoch,
+        "stopped_early": len(trainer.curves) < recipe.training.epochs,
+        "seconds": {
+            "training": round(sum(row["seconds"] for row in trainer.curves), 3),
+            "total": round(time.perf_counter() - started, 3),
+        },
+    }
+    files.write_json(run.path / "run.json", about)
+    files.write_json(run.path / "evaluation.json", {"part": "test", **scores.to_dict()})
+    checkpoint.unlink(missing_ok=True)
+    return run
+
+
+class Trainer:
+    """One training under way: `epoch()` until `done`; `state()` after any epoch is enough to go on."""
+
+    def __init__(self, recipe: Recipe, dataset: Dataset) -> None:
+        self.recipe = recipe
+        self.dataset = dataset
+        self.choice = recipe.training
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        with self._seeded("weights", 0):
+            self.graph = graphs.build(recipe, dataset).to(self.device)
+        if recipe.task == "classification":
+            self.graph = self.graph.to(memory_format=torch.channels_last)
+        self.optimiser = optimisation.optimiser(self.choice.optimiser, self.graph.net, l2=self.choice.regularisation.l2)
+        self.curves: list[Row] = []
+        self.best_epoch = 0
+        self.best_state = _copy(self.graph)
+
+    @property
+    def done(self) -> bool:
+        patience = self.choice.regularisation.patience
+        waited = len(self.curves) - self.best_epoch
+        return len(self.curves) >= self.choice.epochs or (patience is not None and waited >= patience)
+
+    def epoch(self) -> Row:
+        """Train through the training part once, judge on the validation part, keep the best."""
+        began = time.perf_counter()
+        number = len(self.curves)
+        with self._seeded("dropout", number):
+            loss, lr = self._pass(number)
+        scores = evaluation.evaluate(self.graph, self.dataset.validation, classes=self.dataset.classes)
+        if not (math.isfinite(loss) and math.isfinite(scores.loss)):
+            raise RunError(
+                f"training came apart in epoch {number + 1}: the loss is {loss}",
+                hint=f"try a lower learning rate than {self.choice.optimiser.lr:g} (`--lr`)",
+            )
+        metric = next(iter(scores.metrics))
+        self.curves.append(
+            {
+                "epoch": number + 1,
+                "lr": lr,
+                "train_loss": loss,
+                "validation_loss": scores.loss,
+                f"validation_{metric}": scores.metrics[metric],
+                "seconds": round(time.perf_counter() - began, 4),
+            }
+        )
+        if best_epoch(self.curves) == number + 1:
+            self.best_epoch, self.best_state = number + 1, _copy(self.graph)
+        return self.curves[-1]
+
+    def best(self) -> ServingGraph:
+        """The graph with the best epoch's weights, on the CPU."""
+        self.graph.load_state_dict(self.best_state)
+        return self.graph.to("cpu").to(memory_format=torch.contiguous_format).eval()
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "net": self.graph.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "best": self.best_state,
+            "best_epoch": self.best_epoch,
+            "curves": self.curves,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.graph.load_state_dict(state["net"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.best_state, self.best_epoch, self.curves = state["best"], state["best_epoch"], list(state["curves"])
+
+    def _pass(self, number: int) -> tuple[float, float]:
+        """One pass over the training part: the mean loss, and the last learning rate."""
+        part, choice, regular = self.dataset.train, self.choice, self.choice.regularisation
+        generator = torch.Generator().manual_seed(_seed(choice.seed, "order", number))
+        batches = pieces(order(len(part), part.inputs, generator=generator), choice.batch_size)
+        if len(batches) > 1 and len(batches[-1]) == 1:  # a norm cannot learn from one example
+            batches = batches[:-1]
+        losses = [row["validation_loss"] for row in self.curves]
+        total, lr = torch.zeros((), device=self.device), 0.0
+        self.graph.train()
+        for step, positions in enumerate(batches):
+            # The middle of a step: a warm-up does not waste its first one, a cosine not its last.
+            now = number + (step + 0.5) / len(batches)
+            lr = choice.optimiser.lr * optimisation.factor(
+                choice.schedule, epoch=now, epochs=choice.epochs, losses=losses
+            )
+            for group in self.optimiser.param_groups:
+                group["lr"] = lr
+            inputs, targets = part.take(positions)
+            if regular.flip or regular.crop:
+                inputs = augmentation.augment(inputs, flip=regular.flip, crop=regular.crop, generator=generator)
+            loss = self._loss(inputs.to(self.device), targets.to(self.device))
+            self.optimiser.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            if regular.l1:
+                optimisation.penalise(self.graph.net.parameters(), regular.l1)
+            self.optimiser.step()
+            total += loss.detach() * len(positions)
+        return float(total) / sum(map(len, batches)), lr
+
+    def _loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        x = self.graph.normalise(inputs)
+        if self.graph.task == "classification":
+            out = self.graph.net(x.contiguous(memory_format=torch.channels_last))
+            return functional.cross_entropy(out, targets, label_smoothing=self.choice.regularisation.label_smoothing)
+        wanted = (targets - self.graph.target_mean) / self.graph.target_std
+        return functional.mse_loss(self.graph.net(x)[:, 0], wanted)
+
+    @contextlib.contextmanager
+    def _seeded(self, purpose: str, number: int) -> Iterator[None]:
+        """torch's own randomness (initial weights, dropout) from the seed; afterwards as it was before."""
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(_seed(self.choice.seed, purpose, number))
+            yield
+
+
+def best_epoch(curves: list[Row]) -> int:
+    """The epoch (from 1) with the highest validation accuracy, the lower loss of equals; or with the lowest loss."""
+    return int(max(curves, key=lambda row: (row.get("validation_accuracy", 0.0), -row["validation_loss"]))["epoch"])
+
+
+def _seed(seed: int, purpose: str, number: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}/{purpose}/{number}".encode()).digest()[:7])
+
+
+def _copy(graph: ServingGraph) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in graph.state_dict().items()}
+
+
+def _save(path: Path, state: dict[str, Any]) -> None:
+    """torch.save, atomically. By way of memory: saved to a file, its name would be in the bytes."""
+    stream = io.BytesIO()
+    torch.save(state, stream)
+    with files.replacing(path) as temporary:
+        temporary.write_bytes(stream.getbuffer())
+
+
+@contextlib.contextmanager
+def _bar(recipe: Recipe, *, enabled: bool) -> Iterator[Callable[[list[Row]], None]]:
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        TextColumn("{task.fields[scores]}"),
+    )  # fmt: skip
+    with Progress(*columns, disable=not enabled) as bar:
+        task = bar.add_task(f"training {recipe.name}", total=recipe.training.epochs, scores="")
+
+        def advance(curves: list[Row]) -> None:
+            last = curves[-1] if curves else {}
+            shown = {name: value for name, value in last.items() if name not in ("epoch", "lr", "seconds")}
+            scores = "  ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in shown.items())
+            bar.update(task, completed=len(curves), scores=scores)
+
+        yield advance
