@@ -97,7 +97,7 @@ class ModelStatus:
     pending: int
     queue_left: int
     loaded_at_startup: bool
-    metadata: Mapping[str, Any] = field(default_factory=dict)
+    customized: Mapping[str, Any] = field(default_factory=dict)
     """What the handler says of itself, when it was asked (`customized`)."""
 
     @property
@@ -131,7 +131,7 @@ class ModelStatus:
             pending=int(queue.get("pendingRequests", 0)),
             queue_left=int(queue.get("remainingCapacity", 0)),
             loaded_at_startup=bool(value["loadedAtStartup"]),
-            metadata=value.get("customizedMetadata") or {},
+            customized=value.get("customizedMetadata") or {},
         )
 
 

@@ -103,7 +103,7 @@ class Tokens:
             return datetime.fromtimestamp(self._read().of(kind).expires, UTC)
 
     def _read(self) -> _Keys:
-        """The keys on file, parsed again when it has changed. The server writes in place, so a torn one is read again."""
+        """The keys on file, parsed again when it has changed; a torn one (the server writes in place) is read again."""
         for _ in range(40):
             try:
                 status = self.key_file.stat()
