@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 
-from marwright.release.server import Server
-
 from marwright.packing import archive
 from marwright.packing.records import ArchiveRecord
 from marwright.release import journal, serving
 from marwright.release.journal import Standing
+from marwright.release.server import Server
 from marwright.settings import ArchiveSettings
 from scripts import export
 

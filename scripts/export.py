@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 
 from marwright import runs
-from marwright.learning import recipe
 from marwright.learning.recipe import Recipe
 from marwright.packing import exporting
 from marwright.packing.exporting import Artifact
@@ -33,7 +32,7 @@ def exported(settings: ExportSettings) -> tuple[Recipe, Run, Artifact]:
     """The recipe, its run and the artifact in the wanted format; trains where there is no run yet."""
     if settings.run is not None:
         run = runs.open_run(settings.run)
-        chosen = recipe.from_run(run)
+        chosen = Recipe.model_validate(run.recipe)
     else:
         chosen, run = train.trained(settings)
     return chosen, run, exporting.export(run, settings.format or chosen.serving.format)

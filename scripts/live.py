@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from marwright.release.server import Server
-
 import time
 
 from marwright.errors import NotReady, ServerUnreachable
@@ -11,6 +9,7 @@ from marwright.packing.records import ArchiveRecord
 from marwright.release.answers import ModelStatus
 from marwright.release.client import Client
 from marwright.release.properties import ServerConfig
+from marwright.release.server import Server
 from marwright.release.tokens import Tokens
 from marwright.settings import Places
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from marwright.release.server import Server
-
 from marwright.settings import StopSettings
 
 SETTINGS = StopSettings

@@ -56,8 +56,8 @@ def write(
     if number in taken:
         raise ArchiveExists(f"{file} is there already, with other content", hint="leave --version out for the next one")
     body[MANIFEST] = _manifest(model, number, artifact.spec)
-    digests = _digests(body)
-    body[DIGESTS] = (json.dumps(digests, indent=2, sort_keys=True) + "\n").encode()
+    digests = (json.dumps(_digests(body), indent=2, sort_keys=True) + "\n").encode()
+    body[DIGESTS] = digests
     with files.replacing(store / file) as temporary:
         container.write(temporary, body)
         replay.prove(temporary)
@@ -67,7 +67,7 @@ def write(
             file=file,
             sha256=files.sha256(temporary),
             size=temporary.stat().st_size,
-            bundle=hashlib.sha256(body[DIGESTS]).hexdigest()[:16],
+            bundle=hashlib.sha256(digests).hexdigest()[:16],
             content=content,
             run=run.id,
             format=artifact.spec.format,

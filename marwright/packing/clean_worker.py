@@ -75,7 +75,7 @@ def load(folder: Path, context: Context) -> Any:
     classes = [value for _, value in inspect.getmembers(module, inspect.isclass) if value.__module__ == module.__name__]
     if len(classes) != 1:
         raise ValueError(f"{module.__name__} defines {len(classes)} classes; TorchServe wants exactly one")
-    handler = classes[0]()
+    handler: Any = classes[0]()
     handler.initialize(context)
     return handler
 

@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from handlers.nets import ServingGraph
 from handlers.spec import ImageInput, ModelSpec
 from marwright import files
 from marwright.errors import ExportError, ParityError
-from marwright.learning import training
+from marwright.learning import graphs
 from marwright.runs import Run
 
 TOLERANCE = 1e-4
@@ -61,7 +62,7 @@ def export(run: Run, format: str) -> Artifact:
     folder = run.export(format)
     if (folder / "export.json").is_file():
         return _read(folder)
-    graph = training.load_graph(run).eval()
+    graph = graphs.load(run).eval()
     inputs = np.load(run.file("examples.npz", made_by="train"))["inputs"]
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{format}."))
@@ -181,7 +182,13 @@ def _forget_machine(model: object) -> None:
     assert isinstance(model, onnx.ModelProto)
     del model.metadata_props[:]
     model.doc_string = ""
-    parts = [model.graph, *model.graph.node, *model.graph.input, *model.graph.output, *model.graph.value_info]
+    parts: list[Any] = [
+        model.graph,
+        *model.graph.node,
+        *model.graph.input,
+        *model.graph.output,
+        *model.graph.value_info,
+    ]
     for part in [*parts, *model.graph.initializer, *model.functions]:
         part.doc_string = ""
         if hasattr(part, "metadata_props"):

@@ -43,7 +43,7 @@ def members(run: Run, spec: ModelSpec) -> dict[str, bytes]:
     """The run's golden bodies and their answers by the eager net, by path in the archive."""
     import torch  # not at the top: whoever only replays needs no torch
 
-    from marwright.learning import training
+    from marwright.learning import graphs
 
     folder = run.file("golden", made_by="train")
     entries: list[dict[str, Any]] = files.read_json(folder / "golden.json")
@@ -52,7 +52,7 @@ def members(run: Run, spec: ModelSpec) -> dict[str, bytes]:
     bodies = {entry["file"]: (folder / entry["file"]).read_bytes() for entry in entries}
     inputs = np.stack([decode(bodies[entry["file"]], spec) for entry in entries])
     with torch.inference_mode():
-        outputs = training.load_graph(run).eval()(torch.from_numpy(inputs))[0].numpy()
+        outputs = graphs.load(run).eval()(torch.from_numpy(inputs))[0].numpy()
     for entry, output in zip(entries, outputs, strict=True):
         names = spec.classes if spec.task == "classification" else (spec.target,)
         entry["answer"] = {name: round(float(value), 6) for name, value in zip(names, output, strict=True)}

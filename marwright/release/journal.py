@@ -117,7 +117,10 @@ class Journal:
             " where (?1 is null or model = ?1) and (?2 is null or event = ?2) order by number",
             (model, event),
         )
-        return tuple(Entry(*fields, detail=json.loads(detail)) for *fields, detail in rows)
+        return tuple(
+            Entry(number, at, model, version, event, json.loads(detail))
+            for number, at, model, version, event, detail in rows
+        )
 
     def _query(self, statement: str, values: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
         with _told(self._path):

@@ -57,7 +57,7 @@ def prove(client: Client, record: ArchiveRecord, examples: Sequence[Golden], *, 
         )
         seconds.append(time.perf_counter() - began)
         rest.append(_checked(record, answer))
-        fields = {"data": example.body, "top_k": labels}
+        fields: dict[str, bytes | str] = {"data": example.body, "top_k": labels}
         grpc.append(_checked(record, client.predict_grpc(record.model, fields, version=version)))
     for way, answers in (("REST", rest), ("gRPC", grpc)):
         wrong = golden.differences(examples, answers)

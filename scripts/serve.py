@@ -1,0 +1,91 @@
+"""Train, export, archive, start TorchServe, wait for a real answer, show it, and say what to type next.
+
+While the server is running this only checks. After a crash it first clears what the crash left behind.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from marwright.packing import golden, records
+from marwright.packing.records import ArchiveRecord
+from marwright.release import journal, proof
+from marwright.release.proof import Proof
+from marwright.release.server import Expected, Server
+from marwright.settings import Places, ServeSettings
+from scripts import archive, live
+
+SETTINGS = ServeSettings
+
+
+def main(settings: ServeSettings) -> int:
+    record, built, standing = archive.archived(settings)
+    _say(settings, f"built {record.file}" if built else f"unchanged: {record.file}")
+    if standing.sentence:
+        _say(settings, standing.sentence)
+    released = _released(settings)
+    server = Server(settings.serving, home=settings.home)
+    with server.lock(settings.store / ".start.lock"):
+        running = server.find() is not None
+        if not running:
+            for each in released:
+                records.check_whole(each, settings.store)
+            server.clean_after_crash()
+            server.start()
+            expected = {each.model: Expected(each.version, each.workers) for each in released}
+            server.wait_ready(expected, timeout=settings.timeout, progress=lambda line: _say(settings, line))
+    with live.client(settings) as client:
+        for each in released:
+            if running and not live.versions(client, each.model):
+                client.register(each.file, initial_workers=each.workers, synchronous=True, timeout=settings.timeout)
+        proofs = [proof.prove(client, each, _golden(settings, each), pinned=False) for each in released]
+    _show(settings, released, proofs, running=running)
+    return 0
+
+
+def _released(places: Places) -> list[ArchiveRecord]:
+    with journal.open(places.store) as book:
+        releases = book.releases().values()
+    return [records.record(places.store, release.model, release.version) for release in releases]
+
+
+def _golden(places: Places, record: ArchiveRecord) -> tuple[golden.Golden, ...]:
+    return golden.read(places.store / record.file)
+
+
+def _show(settings: ServeSettings, released: Iterable[ArchiveRecord], proofs: list[Proof], *, running: bool) -> None:
+    if settings.json:
+        print(json.dumps({"running": running, "models": [each.__dict__ for each in proofs]}))
+        return
+    table = Table(box=None, pad_edge=False)
+    for title in ("model", "version", "test", "a real answer", "in", "golden", "bundle"):
+        table.add_column(title)
+    for record, seen in zip(released, proofs, strict=True):
+        scores = ", ".join(f"{name} {value:.4g}" for name, value in record.metrics.items())
+        answer = f"{seen.first[0]}: {seen.first[1]:.4g}"
+        right = f"{seen.examples} of {seen.examples}"
+        table.add_row(seen.model, seen.version, scores, answer, f"{seen.seconds * 1000:.1f} ms", right, seen.bundle)
+    Console().print(table)
+    example = _example(settings.runs)
+    model = proofs[0].model
+    print(f"\nTorchServe {'was running already' if running else 'is running'}. Next:")
+    print(f"  make predict IMAGE={example} MODEL={model}          # GRPC=1 for gRPC")
+    print("  make status                                # what is built, released, answering")
+    print("  make archive RECIPE=mnist DATA=mnist.zip   # another recipe, your own data")
+    print("  make stop")
+
+
+def _example(runs: Path) -> str:
+    """A picture to try, from a run's golden examples."""
+    found = sorted(runs.glob("*/golden/00.*"), key=lambda path: path.stat().st_mtime)
+    return str(found[-1]) if found else "cat.png"
+
+
+def _say(settings: ServeSettings, line: str) -> None:
+    print(line, file=sys.stderr if settings.json else sys.stdout, flush=True)

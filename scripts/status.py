@@ -1,0 +1,99 @@
+"""What is built, what is released, and what answers; any difference between the last two is said."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from marwright.errors import ServerError
+from marwright.packing import records
+from marwright.release import journal
+from marwright.release.answers import ModelStatus
+from marwright.release.server import Server
+from marwright.settings import Places, StatusSettings
+from scripts import live
+
+SETTINGS = StatusSettings
+
+
+@dataclass(frozen=True)
+class Row:
+    """One built version."""
+
+    model: str
+    version: str
+    size: int
+    scores: str
+    released: str
+    serving: str
+    trouble: str = ""
+
+
+def main(settings: StatusSettings) -> int:
+    running = Server(settings.serving, home=settings.home).find()
+    serving: dict[tuple[str, str], ModelStatus] = {}
+    trouble = ""
+    if running is not None:
+        try:
+            with live.client(settings, timeout=5.0) as client:
+                serving = {
+                    (model, version): status
+                    for model in client.models()
+                    for version, status in live.versions(client, model).items()
+                }
+        except ServerError as error:
+            trouble = str(error)
+    rows = table(settings, serving, running is not None)
+    if settings.json:
+        print(json.dumps({"running": running is not None, "versions": [row.__dict__ for row in rows]}))
+        return 0
+    show(rows)
+    print(f"TorchServe: {f'running, pid {running.pid}' if running else 'not running (make serve starts it)'}")
+    for line in [row.trouble for row in rows if row.trouble] + ([trouble] if trouble else []):
+        print(f"attention: {line}")
+    return 0
+
+
+def table(places: Places, serving: dict[tuple[str, str], ModelStatus], running: bool) -> list[Row]:
+    """A row for each archive in the store; `trouble` where the journal and the server differ."""
+    with journal.open(places.store) as book:
+        released = book.releases()
+    rows = []
+    for record in records.records(places.store):
+        release = released.get(record.model)
+        chosen = release is not None and release.version == record.version
+        status = serving.get((record.model, record.version))
+        trouble = ""
+        if status is not None and status.default and not chosen:
+            trouble = (
+                f"{record.model} {record.version} answers, the journal says {release.version if release else 'none'}"
+            )
+        elif chosen and running and status is None:
+            trouble = f"{record.model} {record.version} is released, the server has not loaded it: make stop serve"
+        elif chosen and status is not None and status.ready_workers < record.workers:
+            trouble = (
+                f"{record.model} {record.version} has {status.ready_workers} of {record.workers} workers ready;"
+                f" {Path('logs') / 'model_log.log'} has their own words"
+            )
+        word = ("proven" if release.proven else "unproven") if release and chosen else ""
+        answers = f"{'answers' if status.default else 'loaded'}, {status.ready_workers} ready" if status else ""
+        scores = ", ".join(f"{name} {value:.4g}" for name, value in record.metrics.items())
+        rows.append(Row(record.model, record.version, record.size, scores, word, answers, trouble))
+    return rows
+
+
+def show(rows: list[Row]) -> None:
+    if not rows:
+        print("nothing built yet: make archive")
+        return
+    table = Table(box=None, pad_edge=False)
+    for title in ("model", "version", "size", "test", "released", "server"):
+        table.add_column(title, justify="right" if title == "size" else "left")
+    for row in rows:
+        size = f"{row.size / 1000:.0f} kB"
+        table.add_row(row.model, row.version, size, row.scores, row.released, row.serving)
+    Console().print(table)
