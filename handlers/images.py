@@ -53,29 +53,8 @@ def decode(encoded: bytes | bytearray, wanted: ImageInput, limits: Limits) -> Pi
         raise BadRequest(400, "the image is empty: no bytes arrived")
     if len(encoded) > limits.max_bytes:
         raise BadRequest(413, f"the image has {len(encoded)} bytes; at most {limits.max_bytes} are read")
-    try:
-        image: Image.Image = Image.open(io.BytesIO(encoded), formats=FORMATS)
-    except UnidentifiedImageError:
-        raise BadRequest(415, _NOT_AN_IMAGE) from None
-    except MemoryError:
-        raise
-    except Exception:  # a hostile header makes Pillow raise nearly anything
-        raise BadRequest(400, "the image's header is damaged") from None
-    with image:
-        columns, rows = image.size
-        if columns * rows > limits.max_pixels:
-            raise BadRequest(413, f"the image has {columns}×{rows} pixels; at most {limits.max_pixels} are read")
-        try:
-            if image.format in ("JPEG", "MPO"):
-                # Either way up: the orientation is not known yet.
-                side = _OVERSAMPLE * max(wanted.width, wanted.height)
-                image.draft(None, (side, side))
-            image.load()
-            return fit(_upright(image), wanted)
-        except (BadRequest, MemoryError):
-            raise
-        except Exception:
-            raise BadRequest(400, "the image is damaged or cut short") from None
+    with warnings.catch_warnings(action="ignore"):  # a caller's odd metadata is no news for our log
+        return _decode(encoded, wanted, limits)
 
 
 def fit(image: Image.Image | NDArray[Any], wanted: ImageInput) -> Pixels:
@@ -121,16 +100,40 @@ def eight_bits(values: NDArray[Any]) -> Pixels:
     raise BadRequest(422, f"pixels must be numbers, not {values.dtype}")
 
 
+def _decode(encoded: bytes | bytearray, wanted: ImageInput, limits: Limits) -> Pixels:
+    try:
+        image: Image.Image = Image.open(io.BytesIO(encoded), formats=FORMATS)
+    except UnidentifiedImageError:
+        raise BadRequest(415, _NOT_AN_IMAGE) from None
+    except MemoryError:
+        raise
+    except Exception:  # a hostile header makes Pillow raise nearly anything
+        raise BadRequest(400, "the image's header is damaged") from None
+    with image:
+        columns, rows = image.size
+        if columns * rows > limits.max_pixels:
+            raise BadRequest(413, f"the image has {columns}×{rows} pixels; at most {limits.max_pixels} are read")
+        try:
+            if image.format in ("JPEG", "MPO"):
+                # Either way up: the orientation is not known yet.
+                side = _OVERSAMPLE * max(wanted.width, wanted.height)
+                image.draft(None, (side, side))
+            image.load()
+            return fit(_upright(image), wanted)
+        except (BadRequest, MemoryError):
+            raise
+        except Exception:
+            raise BadRequest(400, "the image is damaged or cut short") from None
+
+
 def _upright(image: Image.Image) -> Image.Image:
     """Obey the EXIF (or XMP) orientation; damaged metadata is no reason to refuse a good picture."""
     if not image.info.keys() & {"exif", "xmp", "Raw profile type exif", "XML:com.adobe.xmp"}:
         return image
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            return ImageOps.exif_transpose(image)
-        except Exception:
-            return image
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:
+        return image
 
 
 def _opaque(image: Image.Image) -> Image.Image:

@@ -3,8 +3,8 @@
     sent, identifier, outputs = kserve.read(document, spec)
 
 A request is `{"id"?, "inputs": [{"name", "shape", "datatype", "data"}], "parameters"?, "outputs"?: [{"name"}]}`, its
-`data` flat or nested. N×F numbers, or four dimensions of pixels, are N instances; F numbers, or two or three dimensions, are
-one. BYTES holds base64 strings, one for each instance. `handlers.answers` says what comes back.
+`data` flat or nested. N×F numbers, or four dimensions of pixels, are N instances; F numbers, or two or three
+dimensions, are one. BYTES holds base64 strings, one for each instance. `handlers.answers` says what comes back.
 """
 
 from __future__ import annotations

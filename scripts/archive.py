@@ -41,7 +41,7 @@ def archived(settings: ArchiveSettings) -> tuple[ArchiveRecord, bool, Standing]:
         store=settings.store,
         version=settings.version,
     )
-    running = Server.running(settings.home, settings.serving) is not None
+    running = Server(settings.serving, home=settings.home).find() is not None
     with journal.open(settings.store) as book:
         new = not any(entry.version == record.version for entry in book.entries(record.model, event="archived"))
         if new:

@@ -8,24 +8,29 @@ from marwright.errors import NotReady, ServerUnreachable
 from marwright.packing.records import ArchiveRecord
 from marwright.release.answers import ModelStatus
 from marwright.release.client import Client
-from marwright.release.properties import ServerConfig
 from marwright.release.server import Server
 from marwright.release.tokens import Tokens
 from marwright.settings import Places
 
 
-def tokens(places: Places) -> Tokens:
-    """The tokens of the server that runs now. ServerUnreachable where none does."""
-    running = Server(places.serving, home=places.home).find()
-    if running is None:
-        raise ServerUnreachable("TorchServe is not running", hint="make serve")
-    return Tokens(running.key_file, ServerConfig.from_file(places.config))
-
-
 def client(places: Places, *, timeout: float = 10.0) -> Client:
-    """A client of the server that runs now; use it in a `with`."""
-    config = ServerConfig.from_file(places.config)
-    return Client(config, tokens(places) if config.token_auth else None, timeout=timeout)
+    """A client of the server that runs now; use it in a `with`. ServerUnreachable where none does."""
+    return _running(places).client(timeout=timeout)
+
+
+def tokens(places: Places) -> Tokens:
+    """The tokens of the server that runs now."""
+    server = _running(places)
+    found = server.find()
+    assert found is not None
+    return Tokens(found.key_file, server.config())
+
+
+def _running(places: Places) -> Server:
+    server = Server(places.serving, home=places.home)
+    if server.find() is None:
+        raise ServerUnreachable("TorchServe is not running", hint="make serve")
+    return server
 
 
 def versions(client: Client, model: str) -> dict[str, ModelStatus]:

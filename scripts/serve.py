@@ -31,19 +31,15 @@ def main(settings: ServeSettings) -> int:
         _say(settings, standing.sentence)
     released = _released(settings)
     server = Server(settings.serving, home=settings.home)
-    with server.lock(settings.store / ".start.lock"):
+    with server.lock(settings.store / ".start.lock", progress=lambda line: _say(settings, line)):
         running = server.find() is not None
-        if not running:
-            for each in released:
-                records.check_whole(each, settings.store)
-            server.clean_after_crash()
-            server.start()
-            expected = {each.model: Expected(each.version, each.workers) for each in released}
-            server.wait_ready(expected, timeout=settings.timeout, progress=lambda line: _say(settings, line))
-    with live.client(settings) as client:
         for each in released:
-            if running and not live.versions(client, each.model):
-                client.register(each.file, initial_workers=each.workers, synchronous=True, timeout=settings.timeout)
+            records.check_whole(each, settings.store)
+        if running:
+            _load_new_models(server, released, settings.timeout)
+        expected = {each.model: Expected(each.version, each.workers) for each in released}
+        server.bring_up(expected, timeout=settings.timeout, progress=lambda line: _say(settings, line))
+    with live.client(settings) as client:
         proofs = [proof.prove(client, each, _golden(settings, each), pinned=False) for each in released]
     _show(settings, released, proofs, running=running)
     return 0
@@ -53,6 +49,16 @@ def _released(places: Places) -> list[ArchiveRecord]:
     with journal.open(places.store) as book:
         releases = book.releases().values()
     return [records.record(places.store, release.model, release.version) for release in releases]
+
+
+def _load_new_models(server: Server, released: Iterable[ArchiveRecord], seconds: float) -> None:
+    """A model of which the running server knows no version is no risk to anybody: load it."""
+    server.wait_ready({}, timeout=seconds)
+    with server.client() as client:
+        known = client.models()
+        for each in released:
+            if each.model not in known:
+                client.register(each.file, initial_workers=each.workers, synchronous=True, timeout=seconds)
 
 
 def _golden(places: Places, record: ArchiveRecord) -> tuple[golden.Golden, ...]:

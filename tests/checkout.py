@@ -43,7 +43,7 @@ class Project:
         return self.shell("make " + " ".join(words), activated=False, check=check)
 
     def shell(self, line: str, *, activated: bool = True, check: bool = True) -> subprocess.CompletedProcess[str]:
-        """One line in a shell, after `source .venv/bin/activate` unless told otherwise; output of both kinds in stdout."""
+        """One line in a shell, after `source .venv/bin/activate` unless told otherwise; stdout has both outputs."""
         kept = ("HOME", "LANG", "LC_ALL", "USER")
         environment = {name: os.environ[name] for name in kept if name in os.environ}
         environment |= {"PATH": self.path, "TMPDIR": str(self.temp), "TEMP": str(self.temp), "COLUMNS": "120"}

@@ -76,9 +76,9 @@ def home(
     store: Path | None = None,
     settings: Mapping[str, str] | None = None,
 ) -> Iterator[Home]:
-    """A home in `folder` that serves `archives` of `store` (default: `folder/store`); `settings` override the project's.
+    """A home in `folder` that serves `archives` of `store` (default: `folder/store`).
 
-    The temp folder is under /tmp and short, because unix sockets are in it.
+    `settings` come on top of the project's. The temp folder is under /tmp and short, because unix sockets are in it.
     """
     store = store or folder / "store"
     store.mkdir(parents=True, exist_ok=True)

@@ -16,6 +16,8 @@ _LINE = re.compile(r"^\S+ \[\w+ *\] (?P<thread>\S.*?) (?P<logger>\S+) - (?P<text
 _TRACEBACK = "Traceback (most recent call last):"
 _DURING = "During handling of the above exception, another exception occurred:"
 _CAUSED = "The above exception was the direct cause of the following exception:"
+_SUMMARY = re.compile(r"RuntimeError: \d{3} - ")
+"""What TorchServe's worker makes of an exception that it has printed before."""
 _CHATTER = ("\tat ", "\t...", "Warning: TorchServe is using", "WARNING: sun.reflect", "nvidia-smi not available")
 
 
@@ -53,38 +55,52 @@ class Mark:
 
 @dataclass(frozen=True)
 class WorkerWords:
-    """What the workers of one version said since a mark, standard output and error apart."""
+    """What the workers of one version said since a mark, each on its own (they speak at the same time)."""
 
-    out: tuple[str, ...]
-    err: tuple[str, ...]
+    out: tuple[tuple[str, ...], ...]
+    err: tuple[tuple[str, ...], ...]
 
     @classmethod
     def of(cls, lines: Iterable[str], model: str, version: str) -> WorkerWords:
         # TorchServe cuts a model's name at 25 letters in the name of the thread
-        thread = re.compile(rf"W-\d+-{re.escape(model[:25])}_{re.escape(version)}-std(out|err)")
-        said: dict[str, list[str]] = {"out": [], "err": []}
+        thread = re.compile(rf"(W-\d+)-{re.escape(model[:25])}_{re.escape(version)}-std(out|err)")
+        said: dict[tuple[str, str], list[str]] = {}
         for line in lines:
             parts = _LINE.match(line)
             found = parts and thread.fullmatch(parts["thread"])
             if parts and found:
-                said[found[1]].append(parts["text"])
-        return cls(tuple(said["out"]), tuple(said["err"]))
+                said.setdefault((found[1], found[2]), []).append(parts["text"])
+        return cls(
+            out=tuple(tuple(texts) for (_, stream), texts in said.items() if stream == "out"),
+            err=tuple(tuple(texts) for (_, stream), texts in said.items() if stream == "err"),
+        )
 
     @property
     def pids(self) -> tuple[int, ...]:
-        """Process ids, in the order in which the workers introduced themselves."""
-        found = (re.search(r"s_name_part1=.*\bpid=(\d+)$", line) for line in self.out)
+        """Process ids, as the workers introduced themselves."""
+        found = (re.search(r"s_name_part1=.*\bpid=(\d+)$", line) for texts in self.out for line in texts)
         return tuple(int(match[1]) for match in found if match)
 
     @property
     def gave_up(self) -> bool:
         """A worker said itself that it cannot go on."""
-        if any(line.startswith(("Backend worker process died.", "Failed to load model ")) for line in self.out):
+        farewells = ("Backend worker process died.", "Failed to load model ")
+        if any(line.startswith(farewells) for texts in self.out for line in texts):
             return True
-        return not self.pids and _TRACEBACK in self.err
+        return not self.pids and any(_TRACEBACK in texts for texts in self.err)
 
     @property
     def cause(self) -> str:
+        """The exception that began it, on one line; "" when no traceback was printed."""
+        return next(filter(None, map(cause, [*self.out, *self.err])), "")
+
+    @property
+    def last(self) -> str:
+        """The cause, or each worker's last lines where there is none."""
+        return self.cause or "\n".join(line for texts in [*self.out, *self.err] for line in texts[-5:])
+
+
+def cause(self) -> str:
         """The exception that began it, on one line; "" when no traceback was printed."""
         return cause(self.out) or cause(self.err)
 
@@ -108,7 +124,7 @@ def cause(lines: Sequence[str]) -> str:
             inside = True
         elif inside and line and not line.startswith(" "):
             inside = False
-            if relation != _DURING:
+            if relation != _DURING and not (chosen and _SUMMARY.match(line)):
                 chosen = line
             relation = ""
     return chosen

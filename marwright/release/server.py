@@ -136,7 +136,7 @@ class Server:
         self.config()
         torchserve = Path(sys.executable).parent / "torchserve"
         if not torchserve.is_file():
-            raise NotReady(f"there is no {torchserve}", hint="`make venv` installs TorchServe beside this Python")
+            raise NotReady(f"there is no {torchserve}", hint="`make setup` installs TorchServe beside this Python")
         self.logs.mkdir(parents=True, exist_ok=True)
         marks = self._mark()
         with self.output.open("wb") as output:

@@ -1,0 +1,39 @@
+"""What every test may ask for: the zoo of odd requests, and unpacked archives with small random nets in them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import zoo as menagerie
+from tests.handlers import archives
+
+
+@pytest.fixture(scope="session")
+def zoo() -> dict[str, menagerie.Oddity]:
+    """Odd requests by name; see `tests/zoo.py`."""
+    return menagerie.ZOO
+
+
+@pytest.fixture(scope="session")
+def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+    """`unpacked("digits", "onnx")`: a folder as TorchServe would unzip it. Made once; copy before changing."""
+    made: dict[tuple[str, str], Path] = {}
+
+    def make(model: str, format: str) -> Path:
+        if (model, format) not in made:
+            made[model, format] = archives.write(tmp_path_factory.mktemp(f"{model}-{format}"), model, format)
+        return made[model, format]
+
+    return make
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Give torch its threads back: a worker takes all but one."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
