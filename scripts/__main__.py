@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 
 from marwright import cli
+from marwright.release import serving
+from marwright.settings import Places
 
 VERBS = {
     "train": "train a recipe into a run folder",
@@ -37,7 +39,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: no verb {verb!r}\n\n{usage()}", file=sys.stderr)
         return 2
     module = importlib.import_module(f"scripts.{verb}")
-    return cli.run(module.main, module.SETTINGS, rest, prog=f"marwright {verb}")
+
+    def call(settings: Places) -> int:
+        # Whatever else a command does, what TorchServe will read at its next start is right after it.
+        serving.refresh(settings.config, settings.store)
+        done: int = module.main(settings)
+        return done
+
+    return cli.run(call, module.SETTINGS, rest, prog=f"marwright {verb}")
 
 
 if __name__ == "__main__":

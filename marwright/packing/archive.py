@@ -16,6 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import filelock
 import yaml
 from model_archiver.manifest_components.manifest import Manifest, RuntimeType
 from model_archiver.manifest_components.model import Model
@@ -46,36 +47,46 @@ def write(
     records.check_name(model)
     body = members(run, artifact, model=model, serving=serving)
     content = _content_digest(_digests(body))
-    built = records.records(store, model)
-    same = [record for record in built if record.content == content and version in (None, record.version)]
-    if same:
-        return same[-1], False
+    store.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(store / ".archive.lock"):  # two builds at a time must not choose one number
+        same = [each for each in records.records(store, model) if each.content == content]
+        same = [each for each in same if version in (None, each.version)]
+        if same and (store / same[-1].file).is_file():
+            return same[-1], False
+        # Where only the file was lost, the same content makes the same bytes again.
+        number = same[-1].version if same else _free_number(store, model, version)
+        body[MANIFEST] = _manifest(model, number, artifact.spec)
+        digests = (json.dumps(_digests(body), indent=2, sort_keys=True) + "\n").encode()
+        body[DIGESTS] = digests
+        file = f"{model}-{number}.mar"
+        with files.replacing(store / file) as temporary:
+            container.write(temporary, body)
+            replay.prove(temporary)
+            record = ArchiveRecord(
+                model=model,
+                version=number,
+                file=file,
+                sha256=files.sha256(temporary),
+                size=temporary.stat().st_size,
+                bundle=hashlib.sha256(digests).hexdigest()[:16],
+                content=content,
+                run=run.id,
+                format=artifact.spec.format,
+                workers=int(serving["workers"]),
+                metrics=dict(artifact.spec.metrics),
+            )
+        files.write_json(store / records.record_name(file), asdict(record))
+    return record, True
+
+
+def _free_number(store: Path, model: str, version: str | None) -> str:
     taken = records.taken(store, model)
     number = records.check_version(version) if version else records.next_version(taken)
-    file = f"{model}-{number}.mar"
     if number in taken:
-        raise ArchiveExists(f"{file} is there already, with other content", hint="leave --version out for the next one")
-    body[MANIFEST] = _manifest(model, number, artifact.spec)
-    digests = (json.dumps(_digests(body), indent=2, sort_keys=True) + "\n").encode()
-    body[DIGESTS] = digests
-    with files.replacing(store / file) as temporary:
-        container.write(temporary, body)
-        replay.prove(temporary)
-        record = ArchiveRecord(
-            model=model,
-            version=number,
-            file=file,
-            sha256=files.sha256(temporary),
-            size=temporary.stat().st_size,
-            bundle=hashlib.sha256(digests).hexdigest()[:16],
-            content=content,
-            run=run.id,
-            format=artifact.spec.format,
-            workers=int(serving["workers"]),
-            metrics=dict(artifact.spec.metrics),
+        raise ArchiveExists(
+            f"{model}-{number}.mar is there already, with other content", hint="leave --version out for the next one"
         )
-    files.write_json(store / records.record_name(file), asdict(record))
-    return record, True
+    return number
 
 
 def members(run: Run, artifact: Artifact, *, model: str, serving: Mapping[str, Any]) -> dict[str, Content]:

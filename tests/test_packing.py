@@ -1,0 +1,283 @@
+"""Artifacts and archives: parity, reproducible bytes, versions, golden examples, and what is refused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from handlers import runtime
+from handlers.nets import serving_graph
+from marwright import files, runs
+from marwright.errors import ArchiveError, ArchiveExists, ArchiveInvalid, ExportError, ParityError
+from marwright.learning import graphs
+from marwright.packing import archive, container, exporting, golden, records, replay
+from marwright.runs import Run
+from tests import archives
+from tests.archives import Built
+
+
+@pytest.fixture
+def run(digits: Built, tmp_path: Path) -> Run:
+    """A copy of the digits run, to be changed."""
+    shutil.copytree(digits.run.path, tmp_path / "runs" / digits.run.id)
+    return Run(tmp_path / "runs" / digits.run.id)
+
+
+def test_every_served_format_has_a_loader_and_an_exporter() -> None:
+    assert set(exporting.EXPORTERS) == set(runtime.LOADERS)
+
+
+@pytest.mark.parametrize("format", sorted(exporting.EXPORTERS))
+@pytest.mark.parametrize("model", ["digits", "regressor"])
+def test_artifacts_answer_like_the_eager_net(model: str, format: str, request: pytest.FixtureRequest) -> None:
+    built: Built = request.getfixturevalue(model)
+    parity = exporting.export(built.run, format).parity
+    assert parity.examples >= 80
+    assert parity.difference <= 1e-4
+
+
+def test_a_wrong_artifact_is_refused_by_parity(run: Run) -> None:
+    graph = graphs.load(run).eval()
+    spec = run.spec.exported("eager", "weights.pt")
+    inputs = np.load(run.path / "examples.npz")["inputs"]
+    other = dict(graph.state_dict())
+    other["net.fc2.bias"] = other["net.fc2.bias"] + torch.linspace(0, 3, 10)
+    torch.save(other, run.path / "weights.pt")
+    with pytest.raises(ParityError, match="max"):
+        exporting.check_parity(graph, spec, run.path, inputs)
+
+
+def test_exporting_twice_makes_the_same_onnx_bytes_and_names_no_path(run: Run) -> None:
+    first = exporting.export(run, "onnx").path.read_bytes()
+    shutil.rmtree(run.path / "export")
+    second = exporting.export(run, "onnx").path.read_bytes()
+    assert first == second
+    assert str(Path(archive.__file__).parent.parent.parent).encode() not in first
+    model = onnx.load_from_string(first)
+    assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param
+
+
+def test_a_torchvision_net_cannot_be_served_eagerly(run: Run) -> None:
+    spec = replace(run.spec, net="torchvision:resnet18")
+    graph = serving_graph(run.spec.net, dict(run.spec.net_args), task=run.spec.task)
+    with pytest.raises(ExportError, match="training time only"):
+        exporting.EXPORTERS["eager"](graph, spec, np.zeros((2, 1, 16, 16), np.uint8), run.path)
+
+
+def test_two_builds_of_one_run_have_the_same_bytes(digits: Built, run: Run, tmp_path: Path) -> None:
+    os.utime(run.path / "golden", (0, 0))
+    before = os.umask(0o077)
+    try:
+        again = archives.build(run, tmp_path / "elsewhere")
+    finally:
+        os.umask(before)
+    assert again.record.sha256 == digits.record.sha256 == files.sha256(digits.path)
+
+
+def test_members_are_stored_sorted_and_undated(digits: Built) -> None:
+    with zipfile.ZipFile(digits.path) as opened:
+        infos = opened.infolist()
+    assert [info.filename for info in infos] == sorted(info.filename for info in infos)
+    for info in infos:
+        assert info.compress_type == zipfile.ZIP_STORED
+        assert info.date_time == (1980, 1, 1, 0, 0, 0)
+        assert info.external_attr >> 16 == 0o100644
+        assert not info.flag_bits & 0x08, "a streaming reader needs the size in front of the data"
+
+
+def test_digests_list_every_other_member_and_name_the_bundle(digits: Built) -> None:
+    with zipfile.ZipFile(digits.path) as opened:
+        raw = opened.read(archive.DIGESTS)
+        listed = json.loads(raw)
+        found = {name: hashlib.sha256(opened.read(name)).hexdigest() for name in opened.namelist()}
+    assert listed == {name: digest for name, digest in found.items() if name != archive.DIGESTS}
+    assert hashlib.sha256(raw).hexdigest()[:16] == digits.record.bundle
+
+
+def test_no_member_names_the_machine(digits: Built) -> None:
+    with zipfile.ZipFile(digits.path) as opened:
+        text = b"".join(opened.read(name) for name in opened.namelist())
+    for word in (str(Path.home()), str(digits.store), str(digits.run.path.parent), os.uname().nodename):
+        if len(word) > 4:
+            assert word.encode() not in text
+
+
+def test_golden_examples_are_at_least_sixteen_and_cover_every_class(digits: Built) -> None:
+    assert len(digits.golden) >= 16
+    with zipfile.ZipFile(digits.path) as opened:
+        entries = json.loads(opened.read("golden/golden.json"))
+    assert {entry["label"] for entry in entries} == {str(digit) for digit in range(10)}
+    for example in digits.golden:
+        assert sum(example.answer.values()) == pytest.approx(1, abs=1e-4)
+
+
+def test_the_manifest_is_the_stock_archivers(digits: Built, tmp_path: Path) -> None:
+    """Same files, same flags: what torch-model-archiver makes differs in the time and the handler's spelling alone."""
+    import subprocess
+    import sys
+
+    unpacked = tmp_path / "unpacked"
+    container.unpack(digits.path, unpacked)
+    spec = json.loads((unpacked / "spec.json").read_text())
+    (tmp_path / "handler.py").write_text("class Handler:\n    pass\n")
+    stock_store = tmp_path / "stock"
+    stock_store.mkdir()
+    subprocess.run(
+        [
+            str(Path(sys.executable).parent / "torch-model-archiver"),
+            *("--model-name", "digits", "--version", digits.record.version, "--handler", str(tmp_path / "handler.py")),
+            *("--serialized-file", str(unpacked / spec["artifact"])),
+            *("--config-file", str(unpacked / "model-config.yaml"), "--export-path", str(stock_store)),
+        ],
+        env={"TMPDIR": str(tmp_path), "PATH": os.environ["PATH"]},
+        check=True,
+        timeout=60,
+        capture_output=True,
+    )
+    with zipfile.ZipFile(stock_store / "digits.mar") as opened:
+        stock = json.loads(opened.read(archive.MANIFEST))
+    ours = json.loads((unpacked / archive.MANIFEST).read_text())
+    assert stock.pop("createdOn") != ours.pop("createdOn")
+    assert stock["model"].pop("handler") == "handler.py"
+    assert ours["model"].pop("handler") == "handlers.image_classifier"
+    assert ours == stock
+
+
+def test_the_same_content_is_no_new_version(digits: Built) -> None:
+    record, built = archive.write(
+        digits.run,
+        exporting.export(digits.run, "onnx"),
+        model="digits",
+        serving=digits.run.recipe["serving"],
+        store=digits.store,
+    )
+    assert (record, built) == (digits.record, False)
+
+
+def test_versions_count_up_and_ten_comes_after_nine(run: Run, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    assert archives.build(run, store).record.version == "1.0"
+    assert archives.build(run, store, workers=2).record.version == "1.1"
+    assert archives.build(run, store, version="1.9", workers=3).record.version == "1.9"
+    assert archives.build(run, store, workers=4).record.version == "1.10"
+    assert archives.build(run, store, workers=5).record.version == "1.11"
+    assert [record.version for record in records.records(store)] == ["1.0", "1.1", "1.9", "1.10", "1.11"]
+
+
+def test_an_archive_is_never_overwritten(digits: Built, run: Run, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    first = archives.build(run, store)
+    before = first.path.read_bytes()
+    with pytest.raises(ArchiveExists, match=r"digits-1\.0\.mar is there already"):
+        archives.build(run, store, version="1.0", workers=2)
+    (store / "digits-1.1.mar").write_bytes(b"its record was lost")
+    assert archives.build(run, store, workers=2).record.version == "1.2"
+    assert first.path.read_bytes() == before
+
+
+def test_an_archive_that_was_lost_is_built_again_with_the_same_bytes(run: Run, tmp_path: Path) -> None:
+    first = archives.build(run, tmp_path / "store")
+    first.path.unlink()
+    again = archives.build(run, tmp_path / "store")
+    assert again.record == first.record
+    assert files.sha256(again.path) == first.record.sha256
+
+
+@pytest.mark.parametrize("version", ["all", "1", "1.0-beta", "v1.0", "1..0", "../1.0", "1.0\n"])
+def test_versions_that_torchserve_would_misread_are_refused(version: str, run: Run, tmp_path: Path) -> None:
+    with pytest.raises(ArchiveError, match="not a version"):
+        archives.build(run, tmp_path / "store", version=version)
+
+
+@pytest.mark.parametrize("name", ["tokens", "Token-ring", "a b", "-a", "../a", "ü", ""])
+def test_names_that_torchserve_would_misread_are_refused(name: str) -> None:
+    with pytest.raises(ArchiveError, match="cannot be a model's name"):
+        records.check_name(name)
+
+
+def test_an_archive_that_does_not_load_gets_no_name(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = archive.members
+
+    def broken(*args: object, **options: object) -> dict[str, container.Content]:
+        return real(*args, **options) | {"handlers/nets.py": b"raise ImportError('no such thing')\n"}  # type: ignore[arg-type]
+
+    monkeypatch.setattr(archive, "members", broken)
+    with pytest.raises(ArchiveInvalid, match="no such thing"):
+        archives.build(run, tmp_path / "store", "eager")
+    assert not list((tmp_path / "store").glob("*.mar"))
+    assert not list((tmp_path / "store").glob(".*.part"))
+
+
+def test_an_archive_with_a_wrong_golden_answer_gets_no_name(run: Run, tmp_path: Path) -> None:
+    built = archives.build(run, tmp_path / "store")
+    unpacked = tmp_path / "unpacked"
+    container.unpack(built.path, unpacked)
+    entries = json.loads((unpacked / "golden/golden.json").read_text())
+    entries[3]["answer"] = dict.fromkeys(entries[3]["answer"], 0.1)
+    with zipfile.ZipFile(built.path) as opened:
+        body: dict[str, container.Content] = {name: opened.read(name) for name in opened.namelist()}
+    body["golden/golden.json"] = json.dumps(entries).encode()
+    listed = {name: hashlib.sha256(bytes(content)).hexdigest() for name, content in body.items()}  # type: ignore[arg-type]
+    body[archive.DIGESTS] = json.dumps({name: listed[name] for name in listed if name != archive.DIGESTS}).encode()
+    container.write(tmp_path / "wrong.mar", body)
+    with pytest.raises(ArchiveInvalid, match=r"03\.png"):
+        replay.prove(tmp_path / "wrong.mar")
+
+
+def test_a_member_outside_the_folder_is_refused(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "slip.mar", "w") as opened:
+        opened.writestr("../slip.txt", "x")
+        opened.writestr("/abs.txt", "x")
+        opened.writestr("ok.txt", "x")
+    (tmp_path / "into").mkdir()
+    with pytest.raises(ArchiveInvalid) as caught:
+        container.unpack(tmp_path / "slip.mar", tmp_path / "into")
+    assert set(caught.value.issues) == {"../slip.txt", "/abs.txt"}
+    assert not list((tmp_path / "into").iterdir())
+
+
+def test_golden_differences_know_near_ties_top_k_and_nonsense() -> None:
+    example = golden.Golden("00.png", b"", "image", {"a": 0.5, "b": 0.4999, "c": 0.0001})
+    assert golden.differences([example], [{"b": 0.49995, "a": 0.49995}]) == []
+    assert golden.differences([example], [{"c": 0.0001}]) != []
+    assert golden.differences([example], [{"a": 0.6, "b": 0.39}]) != []
+    assert golden.differences([example], [{"d": 0.5}]) != []
+    assert golden.differences([example], [{}]) != []
+    assert golden.differences([example], [{"a": float("nan")}]) != []
+    value = golden.Golden("00.json", b"", "json", {"progression": 152.0})
+    assert golden.differences([value], [{"progression": 152.1}]) == []
+    assert golden.differences([value], [{"progression": 153.0}]) != []
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+
+    def interrupted() -> None:
+        with files.replacing(path) as temporary:
+            temporary.write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert list(tmp_path.iterdir()) == []
+    files.write_json(path, {"b": 1, "a": 2})
+    whole = path.read_bytes()
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert path.read_bytes() == whole
+
+
+def test_an_unfinished_run_cannot_be_opened(run: Run) -> None:
+    (run.path / "evaluation.json").unlink()
+    with pytest.raises(Exception, match="not finished"):
+        runs.open_run(run.path)
