@@ -100,16 +100,6 @@ class WorkerWords:
         return self.cause or "\n".join(line for texts in [*self.out, *self.err] for line in texts[-5:])
 
 
-def cause(self) -> str:
-        """The exception that began it, on one line; "" when no traceback was printed."""
-        return cause(self.out) or cause(self.err)
-
-    @property
-    def last(self) -> str:
-        """The cause, or the last lines where there is none."""
-        return self.cause or "\n".join([*self.out[-5:], *self.err[-5:]])
-
-
 def cause(lines: Sequence[str]) -> str:
     """The exception behind the last chain of tracebacks.
 

@@ -301,7 +301,7 @@ class Server:
         return lastwords.of_server(marks[1].lines(), marks[2].lines())
 
     def _refuse_dying(self, model: str, wanted: Expected, marks: tuple[Mark, ...]) -> None:
-        """Raise when the workers of a version cannot start: one says so, or two have died without a word."""
+        """Raise when the workers of a version cannot start: it says so, TorchServe does, or two have died in silence."""
 
         def said() -> WorkerWords:
             return WorkerWords.of(marks[0].lines(), model, wanted.version)
@@ -309,7 +309,7 @@ class Server:
         words = said()
         dead = [pid for pid in words.pids if not psutil.pid_exists(pid)]
         failed = any(f"Load model failed: {model}," in line for line in marks[1].lines())
-        if not (words.gave_up or len(dead) > 1 or (failed and words.cause)):
+        if not (words.gave_up or failed or len(dead) > 1):
             return
         time.sleep(0.3)  # let it finish its sentence
         words = said()
