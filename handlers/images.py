@@ -13,6 +13,7 @@ RGB, 1 and 16 bits become 8, and colour becomes grey (ITU-R 601) where the model
 from __future__ import annotations
 
 import io
+import re
 import warnings
 from typing import Any
 
@@ -29,6 +30,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 """What may be sent. Pillow reads some forty formats; the others stay closed."""
 
 _NOT_AN_IMAGE = "not an image: PNG, JPEG, WebP, BMP and GIF are read"
+_SIGNATURES = re.compile(rb"\x89PNG|\xff\xd8\xff|RIFF....WEBP|BM|GIF8", re.DOTALL)
 _OVERSAMPLE = 4
 """A JPEG may be decoded at a half, a quarter or an eighth, as long as this many source pixels remain for each side."""
 
@@ -36,6 +38,9 @@ _OVERSAMPLE = 4
 # must never pass for a whole one.
 Image.MAX_IMAGE_PIXELS = None
 ImageFile.LOAD_TRUNCATED_IMAGES = False
+
+# A caller's odd metadata is no news for our log. A filter and not `catch_warnings`, which threads cannot share.
+_QUIET = ("ignore", None, UserWarning, re.compile(r"PIL\."), 0)
 
 
 def require(decoder: str) -> None:
@@ -53,8 +58,33 @@ def decode(encoded: bytes | bytearray, wanted: ImageInput, limits: Limits) -> Pi
         raise BadRequest(400, "the image is empty: no bytes arrived")
     if len(encoded) > limits.max_bytes:
         raise BadRequest(413, f"the image has {len(encoded)} bytes; at most {limits.max_bytes} are read")
-    with warnings.catch_warnings(action="ignore"):  # a caller's odd metadata is no news for our log
-        return _decode(encoded, wanted, limits)
+    if _QUIET not in warnings.filters:
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+    try:
+        image: Image.Image = Image.open(io.BytesIO(encoded), formats=FORMATS)
+    except UnidentifiedImageError:
+        if _SIGNATURES.match(encoded):
+            raise BadRequest(400, "the image's header is damaged or cut short") from None
+        raise BadRequest(415, _NOT_AN_IMAGE) from None
+    except MemoryError:
+        raise
+    except Exception:  # a hostile header makes Pillow raise nearly anything
+        raise BadRequest(400, "the image's header is damaged or cut short") from None
+    with image:
+        columns, rows = image.size
+        if columns * rows > limits.max_pixels:
+            raise BadRequest(413, f"the image has {columns}×{rows} pixels; at most {limits.max_pixels} are read")
+        try:
+            if image.format in ("JPEG", "MPO"):
+                # Either way up: the orientation is not known yet.
+                side = _OVERSAMPLE * max(wanted.width, wanted.height)
+                image.draft(None, (side, side))
+            image.load()
+            return fit(_upright(image), wanted)
+        except (BadRequest, MemoryError):
+            raise
+        except Exception:
+            raise BadRequest(400, "the image is damaged or cut short") from None
 
 
 def fit(image: Image.Image | NDArray[Any], wanted: ImageInput) -> Pixels:
@@ -98,32 +128,6 @@ def eight_bits(values: NDArray[Any]) -> Pixels:
             raise BadRequest(422, "floating-point pixels must lie in 0 to 1; send whole numbers for 0 to 255")
         return np.rint(values.astype(np.float32) * 255).astype(np.uint8)
     raise BadRequest(422, f"pixels must be numbers, not {values.dtype}")
-
-
-def _decode(encoded: bytes | bytearray, wanted: ImageInput, limits: Limits) -> Pixels:
-    try:
-        image: Image.Image = Image.open(io.BytesIO(encoded), formats=FORMATS)
-    except UnidentifiedImageError:
-        raise BadRequest(415, _NOT_AN_IMAGE) from None
-    except MemoryError:
-        raise
-    except Exception:  # a hostile header makes Pillow raise nearly anything
-        raise BadRequest(400, "the image's header is damaged") from None
-    with image:
-        columns, rows = image.size
-        if columns * rows > limits.max_pixels:
-            raise BadRequest(413, f"the image has {columns}×{rows} pixels; at most {limits.max_pixels} are read")
-        try:
-            if image.format in ("JPEG", "MPO"):
-                # Either way up: the orientation is not known yet.
-                side = _OVERSAMPLE * max(wanted.width, wanted.height)
-                image.draft(None, (side, side))
-            image.load()
-            return fit(_upright(image), wanted)
-        except (BadRequest, MemoryError):
-            raise
-        except Exception:
-            raise BadRequest(400, "the image is damaged or cut short") from None
 
 
 def _upright(image: Image.Image) -> Image.Image:

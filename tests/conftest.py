@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests import archives as built_archives
 from tests import zoo as menagerie
 from tests.handlers import archives
 
@@ -37,3 +38,17 @@ def threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> built_archives.Built:
+    """digits-1.0.mar, onnx, from one epoch of the project's own recipe."""
+    folder = tmp_path_factory.mktemp("digits")
+    return built_archives.build(built_archives.train("digits", folder), folder / "store")
+
+
+@pytest.fixture(scope="session")
+def regressor(tmp_path_factory: pytest.TempPathFactory) -> built_archives.Built:
+    """diabetes-mlp-1.0.mar, onnx, from one epoch of the project's own recipe."""
+    folder = tmp_path_factory.mktemp("diabetes")
+    return built_archives.build(built_archives.train("diabetes-mlp", folder), folder / "store")

@@ -53,6 +53,12 @@ def diabetes(request: pytest.FixtureRequest, unpacked: Any, start: Any) -> Start
     return start(unpacked("diabetes", request.param))
 
 
+@pytest.fixture(params=[(model, format) for model in archives.HANDLERS for format in ("eager", "onnx")], ids="-".join)
+def started(request: pytest.FixtureRequest, unpacked: Any, start: Any) -> Started:
+    """Both handlers, in each format."""
+    return start(unpacked(*request.param))
+
+
 @pytest.fixture
 def copied(unpacked: Any, tmp_path: Path) -> Callable[..., Path]:
     """A model folder of one's own, to damage."""

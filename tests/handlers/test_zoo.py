@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.handlers.context import Answer, Sent
-from tests.zoo import PNG, ZOO, Oddity
+from tests.zoo import ZOO, Oddity
 
 NAMES = {model: [name for name, oddity in ZOO.items() if oddity.model == model] for model in ("digits", "diabetes")}
 
@@ -50,10 +50,9 @@ def test_an_odd_request_for_the_regressor_gets_its_status(diabetes: Any, name: s
     check(ZOO[name], context.ask(handler, [ZOO[name].sent])[0])
 
 
-@pytest.mark.parametrize("model", ["digits", "diabetes"])
-def test_over_grpc_the_refusal_is_in_the_body(request: pytest.FixtureRequest, model: str) -> None:
-    handler, context = request.getfixturevalue(model)
-    for name in NAMES[model]:
+def test_over_grpc_the_refusal_is_in_the_body(started: Any) -> None:
+    handler, context = started
+    for name in NAMES[handler.model]:
         oddity = ZOO[name]
         if oddity.grpc is None:
             continue
@@ -65,10 +64,9 @@ def test_over_grpc_the_refusal_is_in_the_body(request: pytest.FixtureRequest, mo
             assert (answer.json["code"] if refused else 200) == oddity.status, name
 
 
-@pytest.mark.parametrize("model", ["digits", "diabetes"])
-def test_in_one_batch_everybody_gets_what_they_would_have_got_alone(request: pytest.FixtureRequest, model: str) -> None:
-    handler, context = request.getfixturevalue(model)
-    everyone = [ZOO[name] for name in NAMES[model]]
+def test_in_one_batch_everybody_gets_what_they_would_have_got_alone(started: Any) -> None:
+    handler, context = started
+    everyone = [ZOO[name] for name in NAMES[handler.model]]
     alone = [context.ask(handler, [oddity.sent])[0] for oddity in everyone]
     together = context.ask(handler, [oddity.sent for oddity in everyone])
     for oddity, one, other in zip(everyone, alone, together, strict=True):
@@ -91,7 +89,3 @@ def same(one: Any, other: Any) -> None:
         assert other == pytest.approx(one, rel=2e-6, abs=1e-6)
     else:
         assert one == other
-
-
-def test_png_is_a_good_request() -> None:
-    assert PNG.startswith(b"\x89PNG")
