@@ -25,7 +25,7 @@ DOWNLOAD_TIMEOUT = 10.0
 
 def digits() -> Examples:
     """1797 handwritten digits of 8×8, grey (Alpaydin and Kaynak 1998), by scikit-learn."""
-    from sklearn.datasets import load_digits  # type: ignore[import-untyped]
+    from sklearn.datasets import load_digits
 
     found = load_digits()
     grey = np.round(found.images * (255 / 16)).astype(np.uint8)
@@ -53,7 +53,7 @@ def diabetes() -> Examples:
 
 def downloaded(name: str, cache: Path) -> Examples:
     """`mnist` or `cifar10` by torchvision's own download into `cache`; a `DataError` when there is no way to it."""
-    from torchvision import datasets  # type: ignore[import-untyped]
+    from torchvision import datasets
 
     kind = {"mnist": datasets.MNIST, "cifar10": datasets.CIFAR10}[name]
     before = socket.getdefaulttimeout()

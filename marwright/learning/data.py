@@ -18,7 +18,7 @@ from handlers.spec import ImageInput, VectorInput
 from marwright.errors import DataError, SettingsError
 from marwright.learning import bundled, decoded, splitting
 from marwright.learning.dataset import Dataset, Part
-from marwright.learning.examples import PARTS, Array, Examples
+from marwright.learning.examples import PARTS, Examples
 from marwright.learning.recipe import Recipe
 from marwright.learning.tables import BUILT_IN
 
@@ -125,6 +125,3 @@ def _dataset(
         streamed=streamed,
         notes=tuple(notes),
     )
-
-
-__all__ = ["CACHE", "Array", "Dataset", "Part", "find", "load"]

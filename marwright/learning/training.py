@@ -28,7 +28,7 @@ from torch.nn import functional
 from handlers.nets import ServingGraph
 from marwright import files
 from marwright.errors import RunError
-from marwright.learning import augmentation, evaluation, golden, graphs, optimisation, provenance
+from marwright.learning import augmentation, evaluation, golden, graphs, optimisation, provenance, reporting
 from marwright.learning.dataset import Dataset, order, pieces
 from marwright.learning.recipe import Recipe
 from marwright.runs import Run
@@ -95,6 +95,7 @@ def train(
         },
     }
     files.write_json(run.path / "run.json", about)
+    files.write_text(run.path / "report.html", reporting.page(about, recipe, trainer.curves, scores, dataset))
     files.write_json(run.path / "evaluation.json", {"part": "test", **scores.to_dict()})
     checkpoint.unlink(missing_ok=True)
     return run
