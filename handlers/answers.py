@@ -60,8 +60,11 @@ def best(probabilities: NDArray[Any], k: int) -> tuple[NDArray[Any], NDArray[Any
 
 
 def encode(value: Any) -> bytes:
-    """Compact JSON, never with NaN in it."""
-    return json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+    """Compact JSON, never with NaN in it. Half of a surrogate pair, echoed from a request, is escaped."""
+    try:
+        return json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+    except UnicodeEncodeError:
+        return json.dumps(value, separators=(",", ":"), allow_nan=False).encode()
 
 
 def refusal(error: BadRequest) -> dict[str, Any]:

@@ -272,6 +272,7 @@ BODIES = [
     _json("kserve-v1", 200, {"instances": [{"b64": b64(PNG)}, {"data": b64(JPEG)}, _PIXEL_LIST]}),
     _json("kserve-v1-top-k", 200, {"instances": [{"b64": b64(PNG)}], "parameters": {"top_k": 2}}),
     _json("kserve-v2-tensor", 200, _v2([2, 1, 16, 16], "UINT8", [*range(256), *range(256)], id="x")),
+    _json("kserve-v2-odd-id", 200, _v2([1], "BYTES", [b64(PNG)], id="\ud83d \r\n")),
     _json("kserve-v2-nested", 200, _v2([1, 1, 16, 16], "UINT8", [[_PIXEL_LIST]])),
     _json("kserve-v2-floats", 200, _v2([1, 1, 16, 16], "FP32", (_PIXELS / 255).ravel().tolist())),
     _json("kserve-v2-bytes", 200, _v2([2], "BYTES", [b64(PNG), b64(JPEG)])),
@@ -281,6 +282,7 @@ BODIES = [
 WRONG = [
     _json("json-empty-object", 400, {}),
     _json("json-unknown-key", 400, {"data": b64(PNG), "topk": 3}),
+    _json("json-half-a-surrogate-pair", 400, {"data": b64(PNG), "\ud800": 3}),
     _json("json-two-inputs", 400, {"data": b64(PNG), "image": b64(PNG)}),
     _raw("json-cut-short", 400, b'{"data": "iVBOR', "application/json"),
     _json("json-not-base64", 400, {"data": "%%%"}),
@@ -337,6 +339,7 @@ ROWS = [
     _raw("row-empty", 400, b"", model="diabetes"),
     _raw("row-image", 415, PNG, model="diabetes"),
     _raw("row-csv", 415, b"1,2,3,4", "text/csv", model="diabetes"),
+    _json("row-by-odd-names", 422, {"\udfff": 1, "\r\n": 2, "": 3}, model="diabetes"),
     _json("row-too-short", 422, ROW[:9], model="diabetes"),
     _json("row-too-long", 422, [*ROW, 1.0], model="diabetes"),
     _raw("row-nan", 422, json.dumps([*ROW[:9], float("nan")]).encode(), "application/json", model="diabetes"),
