@@ -1,4 +1,4 @@
-"""Archives for the tests, built once a session by the library itself: one epoch is enough to be an archive."""
+"""Archives for the tests, built once a session by the library itself: two epochs are enough to be an archive."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Built:
 
 def train(name: str, folder: Path, **overrides: object) -> Run:
     """A quick run of one of the project's recipes."""
-    chosen = recipe.load(name, recipes_dir=ROOT / "recipes", overrides={"epochs": 1, **overrides})
+    chosen = recipe.load(name, recipes_dir=ROOT / "recipes", overrides={"epochs": 2, **overrides})
     examples = data.load(chosen, cache=folder / "cache", progress=False)
     return training.train(chosen, examples, folder / "runs", progress=False)
 

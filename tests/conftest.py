@@ -34,8 +34,9 @@ def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], P
 
 @pytest.fixture
 def threads() -> Iterator[None]:
-    """Give torch its threads back: a worker takes all but one."""
+    """One thread, as a worker has, and the others back afterwards."""
     before = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
 

@@ -21,8 +21,8 @@ from tests.checkout import Project
 
 pytestmark = pytest.mark.server
 
-QUICK = "EPOCHS=1"
-"""One epoch is enough for an archive; the seed makes it another one."""
+QUICK = "EPOCHS=2"
+"""Two epochs are enough for an archive; the seed makes it another one."""
 
 
 @pytest.fixture(scope="module")
