@@ -174,7 +174,7 @@ class GrpcApi:
 
 
 def _is_token_refusal(error: grpc.RpcError) -> bool:
-    return _code(error) is grpc.StatusCode.CANCELLED and "Token Authorization failed" in _details(error)
+    return _code(error) is grpc.StatusCode.PERMISSION_DENIED and "Token Authorization failed" in _details(error)
 
 
 def _code(error: grpc.RpcError) -> grpc.StatusCode:

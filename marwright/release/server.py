@@ -301,7 +301,7 @@ class Server:
         return lastwords.of_server(marks[1].lines(), marks[2].lines())
 
     def _refuse_dying(self, model: str, wanted: Expected, marks: tuple[Mark, ...]) -> None:
-        """Raise when the workers of a version cannot start: it says so, TorchServe does, or two have died in silence."""
+        """Raise when the workers of a version cannot start: they or TorchServe say so, or two have died in silence."""
 
         def said() -> WorkerWords:
             return WorkerWords.of(marks[0].lines(), model, wanted.version)
@@ -339,6 +339,9 @@ class Server:
                     missing.append(
                         f"{model} {wanted.version}: {status.ready_workers} of {wanted.workers} workers ready"
                     )
+            closed = client.config.ports.keys() - processes.busy(client.config.ports).keys()
+            if closed:  # gRPC comes last
+                missing.append("not listening yet: " + ", ".join(sorted(closed)))
             return "; ".join(missing)
         except ServerUnreachable:
             return "TorchServe is starting"

@@ -13,7 +13,7 @@ from tests import torchserve
 
 @pytest.fixture(scope="session")
 def echo_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[torchserve.Home]:
-    """echo 1.0 is served and the default; echo-1.1.mar lies in the store; keys live for six seconds.
+    """echo 1.0 is served and the default; echo-1.1.mar lies in the store; keys live for three seconds.
 
     The folder has a space and an umlaut in its name: everything that reads the shared server passes through it.
     """
@@ -24,7 +24,7 @@ def echo_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[torchserve.H
         folder,
         {"echo": Expected("1.0")},
         archives=[first],
-        settings={"token_expiration_min": "0.1", "max_request_size": "200000", "job_queue_size": "8"},
+        settings={"token_expiration_min": "0.05", "max_request_size": "200000", "job_queue_size": "8"},
     ) as home:
         home.bring_up()
         yield home

@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from marwright.errors import NotReady, SettingsError
+from marwright.errors import NotReady, ServerRefused, SettingsError
 from marwright.release import processes
 from marwright.release.server import Expected, Server
 from tests import torchserve
@@ -23,28 +23,23 @@ from tests import torchserve
 pytestmark = pytest.mark.server
 
 
-def test_stop_returns_when_all_has_ended_and_a_second_start_in_the_same_home_works(tmp_path: Path) -> None:
+def test_stop_leaves_nothing_and_after_a_kill_the_next_start_cleans_up(tmp_path: Path) -> None:
     archive = torchserve.write_archive(tmp_path / "store", "echo", "1.0")
     with torchserve.home(tmp_path, {"echo": Expected("1.0")}, archives=[archive]) as home:
-        for _ in range(2):
-            running = home.bring_up()
-            family = [running.process, *processes.children(running.process)]
-            assert len(family) > 1
-            with home.client() as client:
-                assert client.predict("echo", b"x").version == "1.0"
-            assert home.server.stop(timeout=20)
-            assert all(processes.ended(process) for process in family)
-            assert not home.key_file.exists()
-            assert not home.server.pid_file.exists()
-            assert not list(home.temp.glob(".ts.sock.*"))
-            assert not list((home.temp / "models").iterdir())
-            assert processes.busy(home.config.ports) == {}
+        running = home.bring_up()
+        family = [running.process, *processes.children(running.process)]
+        assert len(family) > 1
+        with home.client() as client:
+            assert client.predict("echo", b"x").version == "1.0"
+        assert home.server.stop(timeout=20)
+        assert all(processes.ended(process) for process in family)
+        assert not home.key_file.exists()
+        assert not home.server.pid_file.exists()
+        assert not list(home.temp.glob(".ts.sock.*"))
+        assert not list((home.temp / "models").iterdir())
+        assert processes.busy(home.config.ports) == {}
         assert not home.server.stop()
 
-
-def test_after_a_killed_server_the_next_start_cleans_up(tmp_path: Path) -> None:
-    archive = torchserve.write_archive(tmp_path / "store", "echo", "1.0")
-    with torchserve.home(tmp_path, {"echo": Expected("1.0")}, archives=[archive]) as home:
         running = home.bring_up()
         workers = processes.children(running.process)
         old_key = home.key_file.read_text()
@@ -56,8 +51,65 @@ def test_after_a_killed_server_the_next_start_cleans_up(tmp_path: Path) -> None:
         assert any("stale" in line for line in done)
         assert all(processes.ended(worker) for worker in workers)
         assert not list((home.temp / "models").iterdir())
-        home.bring_up()
+        home.release()
+        home.server.bring_up({})
         assert home.key_file.read_text() != old_key
+
+
+def test_ctrl_c_while_starting_leaves_no_server(tmp_path: Path) -> None:
+    handler = torchserve.ECHO.replace("self.model = ", "time.sleep(60)\n        self.model = ", 1)
+    archive = torchserve.write_archive(tmp_path / "store", "slow", "1.0", handler=handler)
+    program = (
+        "import sys; from pathlib import Path; from marwright.release.server import *;"
+        "serving, home, temp = map(Path, sys.argv[1:]);"
+        "server = Server(serving, home=home, temp=temp);"
+        "server.bring_up({'slow': Expected('1.0')}, progress=lambda state: print(state, flush=True))"
+    )
+    with torchserve.home(tmp_path, {}, archives=[archive]) as home:
+        starting = subprocess.Popen(
+            [sys.executable, "-c", program, str(home.server.serving), str(home.folder), str(home.temp)],
+            cwd=torchserve.PROJECT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert starting.stdout is not None
+        assert "TorchServe is starting" in starting.stdout.readline()
+        running = home.server.find()
+        assert running is not None
+        starting.send_signal(signal.SIGINT)
+        _, errors = starting.communicate(timeout=40)
+        assert "KeyboardInterrupt" in errors
+        assert processes.ended(running.process)
+        assert home.server.find() is None
+
+
+def test_without_tokens_and_model_api_calls_need_no_key_and_changes_are_refused(tmp_path: Path) -> None:
+    settings = {"disable_token_authorization": "true", "enable_model_api": "false"}
+    archive = torchserve.write_archive(tmp_path / "store", "echo", "1.0")
+    with torchserve.home(tmp_path, {}, settings=settings) as home:
+        home.bring_up()
+        assert not home.key_file.exists()
+        with home.client() as client:
+            assert client.models() == client.models_grpc() == {}
+            for register in (client.register, client.register_grpc):
+                with pytest.raises(ServerRefused) as caught:
+                    register(archive)
+                assert caught.value.status == 405
+                assert "enable_model_api=true" in caught.value.hint
+
+
+def test_file_names_reach_java_as_utf8_whatever_the_locale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torchserve.write_config(tmp_path / "config.properties", {})
+    server = Server(tmp_path / "config.properties", home=tmp_path, temp=tmp_path)
+    monkeypatch.setenv("PYTHONPATH", "/somewhere")
+    monkeypatch.setenv("JAVA_HOME", "/nowhere")
+    monkeypatch.setattr("locale.getencoding", lambda: "ANSI_X3.4-1968")
+    environment = server._environment()
+    assert environment["LC_ALL"] == "C.UTF-8"
+    assert "PYTHONPATH" not in environment
+    assert Path(environment["JAVA_HOME"], "bin", "java").is_file()
+    assert environment["TMPDIR"] == environment["TEMP"] == str(tmp_path)
 
 
 def test_a_server_that_lost_its_pid_file_is_found_and_not_started_twice(echo_home: torchserve.Home) -> None:
