@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import shutil
 from collections.abc import Callable
@@ -27,36 +28,52 @@ def handler_class(model: str) -> Any:
     return classes[0]
 
 
-@pytest.fixture
-def start(monkeypatch: pytest.MonkeyPatch, threads: None) -> Callable[..., Started]:
-    """`start(model_dir)`: initialize a handler as if `handlers` had been imported from there."""
-
-    def begin(model_dir: Path, *, batch_size: int = 8, model: str | None = None) -> Started:
-        monkeypatch.setattr(bundle, "HOME", model_dir.resolve() / "handlers")
+def begin(model_dir: Path, *, batch_size: int = 8, model: str | None = None) -> Started:
+    """Initialize a handler as if `handlers` had been imported from `model_dir`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bundle, "HOME", model_dir.resolve() / "handlers")
         context = FakeContext.at(model_dir, batch_size=batch_size)
         handler = handler_class(model or (context.manifest or {})["model"]["modelName"])()
         handler.initialize(context)
-        return handler, context
+    return handler, context
 
+
+@pytest.fixture
+def start(threads: None) -> Callable[..., Started]:
+    """`start(model_dir)`: see `begin`; torch gets its threads back."""
     return begin
 
 
+@pytest.fixture(scope="session")
+def ready(unpacked: Any) -> Callable[[str, str], Started]:
+    """A started handler, made once for all tests; each test gets a copy to change."""
+    begun: dict[tuple[str, str], Started] = {}
+
+    def get(model: str, format: str) -> Started:
+        if (model, format) not in begun:
+            begun[model, format] = begin(unpacked(model, format))
+        handler, context = begun[model, format]
+        return copy.copy(handler), copy.copy(context)
+
+    return get
+
+
 @pytest.fixture(params=["eager", "onnx"])
-def digits(request: pytest.FixtureRequest, unpacked: Any, start: Any) -> Started:
+def digits(request: pytest.FixtureRequest, threads: None, ready: Any) -> Started:
     """The classifier, in each format."""
-    return start(unpacked("digits", request.param))
+    return ready("digits", request.param)
 
 
 @pytest.fixture(params=["eager", "onnx"])
-def diabetes(request: pytest.FixtureRequest, unpacked: Any, start: Any) -> Started:
+def diabetes(request: pytest.FixtureRequest, threads: None, ready: Any) -> Started:
     """The regressor, in each format."""
-    return start(unpacked("diabetes", request.param))
+    return ready("diabetes", request.param)
 
 
 @pytest.fixture(params=[(model, format) for model in archives.HANDLERS for format in ("eager", "onnx")], ids="-".join)
-def started(request: pytest.FixtureRequest, unpacked: Any, start: Any) -> Started:
+def started(request: pytest.FixtureRequest, threads: None, ready: Any) -> Started:
     """Both handlers, in each format."""
-    return start(unpacked(*request.param))
+    return ready(*request.param)
 
 
 @pytest.fixture
