@@ -1,6 +1,7 @@
 """The artifact's outputs → one JSON body for each request, in the form in which it was asked.
 
-    answers.body(payload, {"probabilities": rows}, spec, model="digits", version="1.0")
+    sheet = Sheet.of({"probabilities": rows}, spec, k=5)
+    answers.encode(answers.answer(payload, sheet, slice(0, 1), spec, model="digits", version="1.0"))
 
 | form      | classification                                   | regression                     |
 |-----------|--------------------------------------------------|--------------------------------|
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -30,33 +32,49 @@ from handlers.spec import ModelSpec
 Outputs = Mapping[str, NDArray[Any]]
 
 
-def answer(payload: Payload, outputs: Outputs, spec: ModelSpec, *, model: str, version: str) -> Any:
+@dataclass(frozen=True)
+class Sheet:
+    """A batch's outputs as plain values, ranked once for all of its requests. One entry for each row."""
+
+    labels: list[list[str]]
+    """Best first; of equals the class that comes first. Empty lists for regression."""
+    values: list[list[float]]
+    """The labels' probabilities, or the one value."""
+    finite: list[bool]
+    embedding: NDArray[Any] | None
+
+    @classmethod
+    def of(cls, outputs: Outputs, spec: ModelSpec, k: int) -> Sheet:
+        """The `k` best of each row."""
+        first = outputs[spec.outputs[0]]
+        finite: list[bool] = np.logical_and.reduce(np.isfinite(first), axis=1).tolist()
+        embedding = outputs.get("embedding")
+        if spec.task == "regression":
+            return cls([[]] * len(first), first.tolist(), finite, embedding)
+        order = np.argsort(-first, axis=1, kind="stable")[:, :k]
+        labels = [[spec.classes[index] for index in row] for row in order.tolist()]
+        return cls(labels, np.take_along_axis(first, order, axis=1).tolist(), finite, embedding)
+
+
+def answer(payload: Payload, sheet: Sheet, rows: slice, spec: ModelSpec, *, model: str, version: str) -> Any:
     """What to send, as JSON-ready values. `BadRequest` 500 where the model gave NaN or infinity."""
-    first = outputs[spec.outputs[0]]
-    if not np.isfinite(first).all():
+    if not all(sheet.finite[rows]):
         raise BadRequest(500, "the model gave no finite answer to this input")
+    values = sheet.values[rows]
     if payload.form == "kserve-v2":
-        return _kserve_v2(payload, outputs, spec, model, version)
+        return _kserve_v2(payload, sheet, rows, spec, model, version)
     if spec.task == "regression":
-        values = first[:, 0].tolist()
         if payload.form == "kserve-v1":
-            return {"predictions": values}
-        rows = [{spec.target: value} for value in values]
+            return {"predictions": [value for row in values for value in row]}
+        answers = [{spec.target: row[0]} for row in values]
     else:
-        indices, probabilities = best(first, payload.top_k)
-        rows = [
-            {spec.classes[index]: value for index, value in zip(*pair, strict=True)}
-            for pair in zip(indices.tolist(), probabilities.tolist(), strict=True)
+        k = payload.top_k
+        answers = [
+            dict(zip(names[:k], row[:k], strict=True)) for names, row in zip(sheet.labels[rows], values, strict=True)
         ]
         if payload.form == "kserve-v1":
-            return {"predictions": rows}
-    return rows[0] if payload.form == "stock" else rows
-
-
-def best(probabilities: NDArray[Any], k: int) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Indices and probabilities of the k most probable classes, N×k each, best first; of equals the lower index."""
-    indices = np.argsort(-probabilities, axis=1, kind="stable")[:, :k]
-    return indices, np.take_along_axis(probabilities, indices, axis=1)
+            return {"predictions": answers}
+    return answers[0] if payload.form == "stock" else answers
 
 
 def encode(value: Any) -> bytes:
@@ -72,19 +90,26 @@ def refusal(error: BadRequest) -> dict[str, Any]:
     return {"code": error.status, "reason": error.reason}
 
 
-def _kserve_v2(payload: Payload, outputs: Outputs, spec: ModelSpec, model: str, version: str) -> dict[str, Any]:
-    first = outputs[spec.outputs[0]]
-    if spec.task == "regression":
-        tensors = [kserve.tensor(spec.target, first)]
+def _kserve_v2(
+    payload: Payload, sheet: Sheet, rows: slice, spec: ModelSpec, model: str, version: str
+) -> dict[str, Any]:
+    count = rows.stop - rows.start
+    width = payload.top_k if spec.task == "classification" else 1
+    values = [value for row in sheet.values[rows] for value in row[:width]]
+    if spec.task == "classification":
+        labels = [label for row in sheet.labels[rows] for label in row[:width]]
+        tensors = [
+            kserve.tensor("labels", "BYTES", (count, width), labels),
+            kserve.tensor("probabilities", "FP32", (count, width), values),
+        ]
     else:
-        indices, probabilities = best(first, payload.top_k)
-        labels = [spec.classes[index] for index in indices.ravel().tolist()]
-        tensors = [kserve.strings("labels", indices.shape, labels), kserve.tensor("probabilities", probabilities)]
-    if "embedding" in payload.outputs:
-        if not np.isfinite(outputs["embedding"]).all():
-            raise BadRequest(500, "the model gave no finite embedding for this input")
-        tensors.append(kserve.tensor("embedding", outputs["embedding"]))
+        tensors = [kserve.tensor(spec.target, "FP32", (count, width), values)]
     by_name = {tensor["name"]: tensor for tensor in tensors}
+    if "embedding" in payload.outputs and sheet.embedding is not None:
+        embedding = sheet.embedding[rows]
+        if not np.isfinite(embedding).all():
+            raise BadRequest(500, "the model gave no finite embedding for this input")
+        by_name["embedding"] = kserve.tensor("embedding", "FP32", embedding.shape, embedding.ravel().tolist())
     chosen = [by_name[name] for name in payload.outputs] or tensors
     identity = {"model_name": model, "model_version": version}
     return {**identity, **({} if payload.identifier is None else {"id": payload.identifier}), "outputs": chosen}

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from handlers import answers, images, instances, payloads, runtime
+from handlers.answers import Sheet
 from handlers.bundle import Bundle
 from handlers.errors import PHRASES, BadRequest, LoadError
 from handlers.payloads import Headers, Payload
@@ -63,6 +64,7 @@ class Results:
     """What inference makes of a batch's array."""
 
     outputs: dict[str, NDArray[Any]]
+    """By name, one row for each row of the array."""
     failed: set[int] = field(default_factory=set)
     """Rows for which the model raised an exception; their outputs mean nothing."""
 
@@ -117,7 +119,7 @@ class BatchHandler:
 
     def inference(self, batch: Batch) -> Results:
         """Run the array in chunks; where a chunk fails, its rows are run one by one, so that only the culprit fails."""
-        results = Results({})
+        results = Results({name: np.zeros((0, width), np.float32) for name, width in self.widths.items()})
         parts: list[dict[str, NDArray[Any]]] = []
         for start in range(0, len(batch.array), self.chunk):
             chunk = batch.array[start : start + self.chunk]
@@ -134,7 +136,9 @@ class BatchHandler:
 
     def postprocess(self, batch: Batch, results: Results, context: Any) -> list[bytes]:
         """Bodies, statuses and headers."""
-        return [self._reply(index, request, results, context) for index, request in enumerate(batch.requests)]
+        k = max((request.payload.top_k for request in batch.requests if request.payload), default=0)
+        sheet = Sheet.of(results.outputs, self.spec, k)
+        return [self._reply(index, request, results, sheet, context) for index, request in enumerate(batch.requests)]
 
     def describe(self) -> dict[str, Any]:
         """What exactly is serving: the answer to `GET /models/<name>/<version>?customized=true`."""
@@ -181,7 +185,7 @@ class BatchHandler:
         )
         batch_size = max(1, int(properties.get("batch_size") or 1))
         self.chunk = max(_CHUNK, batch_size)
-        runtime.warm_up(self.runtime, self.spec, {1, batch_size})
+        self.widths = runtime.warm_up(self.runtime, self.spec, {1, batch_size})
         self._identity = {
             "X-Model-Name": self.model,
             "X-Model-Version": self.version,
@@ -200,58 +204,58 @@ class BatchHandler:
         return decoded
 
     def _one_by_one(self, chunk: NDArray[Any], start: int, failed: set[int]) -> list[dict[str, NDArray[Any]]]:
-        parts: list[dict[str, NDArray[Any]] | None] = []
+        parts = []
         for offset in range(len(chunk)):
             try:
                 parts.append(self.runtime.run(chunk[offset : offset + 1]))
             except Exception:
                 _log.exception("the model fails on row %d of the batch", start + offset)
                 failed.add(start + offset)
-                parts.append(None)
-        good = next((part for part in parts if part is not None), None)
-        filler = {name: np.full_like(good[name], np.nan) if good else np.zeros((1, 1)) for name in self.spec.outputs}
-        return [filler if part is None else part for part in parts]
+                parts.append({name: np.full((1, width), np.nan, np.float32) for name, width in self.widths.items()})
+        return parts
 
-    def _reply(self, index: int, request: Request, results: Results, context: Any) -> bytes:
+    def _reply(self, index: int, request: Request, results: Results, sheet: Sheet, context: Any) -> bytes:
+        error: BadRequest | None = None
         try:
-            value, status = self._answer(request, results), 200
-            body = None if request.meta else answers.encode(value)
-        except BadRequest as error:
-            request.error = error
+            body = self._body(self._answer(request, results, sheet), None, index, request, context)
+        except BadRequest as refused:
+            error = refused
         except Exception:
             _log.exception("request %s failed after inference", context.get_request_id(index))
-            request.error = BadRequest(500, _OURS)
-        if request.error is not None:
-            value, status = answers.refusal(request.error), request.error.status
-            body = None if request.meta else answers.encode(value)
+            error = BadRequest(500, _OURS)
+        if error is not None:
+            body = self._body(answers.refusal(error), error, index, request, context)
         if request.headers.http:
             for name, text in self._identity.items():
                 context.set_response_header(index, name, text)
             context.set_response_content_type(index, "application/json")
-            if status != 200:
-                context.set_response_status(status, PHRASES[status], index)
+            if error is not None:
+                context.set_response_status(error.status, PHRASES[error.status], index)
         elif not request.headers.describe:
+            # A gRPC stream waits for this header; a REST answer would break on it.
             context.set_response_header(index, "ts_stream_next", "false")
-        if body is None:
-            body = answers.encode(self._with_meta(value, request.error, context.get_request_id(index)))
         return body
 
-    def _answer(self, request: Request, results: Results) -> Any:
+    def _answer(self, request: Request, results: Results, sheet: Sheet) -> Any:
         if request.error is not None:
             raise request.error
-        if request.headers.describe:
-            return self.describe()
         if request.payload is None:
-            raise AssertionError("a request with neither payload nor error")
+            return self.describe()
         rows = request.rows
         if results.failed and not results.failed.isdisjoint(range(rows.start, rows.stop)):
             raise BadRequest(500, "the model failed on this input; the server's log says why")
-        mine = {name: output[rows] for name, output in results.outputs.items()}
-        return answers.answer(request.payload, mine, self.spec, model=self.model, version=self.version)
+        return answers.answer(request.payload, sheet, rows, self.spec, model=self.model, version=self.version)
 
-    def _with_meta(self, value: Any, error: BadRequest | None, request_id: str | None) -> dict[str, Any]:
+    def _body(self, value: Any, error: BadRequest | None, index: int, request: Request, context: Any) -> bytes:
         """gRPC answers have neither headers nor statuses: a caller who sets `meta` gets them in the body."""
-        status = 200 if error is None else error.status
-        document = {"prediction": None if error else value, "status": status, "model": self.model}
-        document |= {"version": self.version, "bundle": self.bundle.digest, "request_id": request_id}
-        return document if error is None else {**document, "reason": error.reason}
+        if not request.meta:
+            return answers.encode(value)
+        document = {
+            "prediction": value if error is None else None,
+            "status": 200 if error is None else error.status,
+            "model": self.model,
+            "version": self.version,
+            "bundle": self.bundle.digest,
+            "request_id": context.get_request_id(index),
+        }
+        return answers.encode(document if error is None else {**document, "reason": error.reason})

@@ -45,14 +45,9 @@ def offered(spec: ModelSpec) -> tuple[str, ...]:
     return ("labels", *spec.outputs)
 
 
-def tensor(name: str, values: NDArray[Any]) -> dict[str, Any]:
-    """FP32, flat."""
-    return {"name": name, "shape": list(values.shape), "datatype": "FP32", "data": values.ravel().tolist()}
-
-
-def strings(name: str, shape: Sequence[int], values: list[str]) -> dict[str, Any]:
-    """BYTES: text, flat."""
-    return {"name": name, "shape": list(shape), "datatype": "BYTES", "data": values}
+def tensor(name: str, datatype: str, shape: Sequence[int], data: list[Any]) -> dict[str, Any]:
+    """One output; `data` is flat."""
+    return {"name": name, "shape": list(shape), "datatype": datatype, "data": data}
 
 
 def _instances(entry: dict[str, Any], spec: ModelSpec) -> list[Any]:

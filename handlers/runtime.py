@@ -114,8 +114,11 @@ def blank(spec: ModelSpec, count: int) -> Array:
     return np.zeros((count, *spec.input.shape), np.uint8 if isinstance(spec.input, ImageInput) else np.float32)
 
 
-def warm_up(runtime: Runtime, spec: ModelSpec, sizes: set[int]) -> None:
-    """Run each batch size once and look at what comes out, so that the first caller neither waits nor is surprised."""
+def warm_up(runtime: Runtime, spec: ModelSpec, sizes: set[int]) -> dict[str, int]:
+    """Run each batch size once and look at what comes out, so that the first caller neither waits nor is surprised.
+
+    Gives each output's number of columns.
+    """
     width = len(spec.classes) if spec.task == "classification" else 1
     for size in sorted(sizes):
         try:
@@ -125,10 +128,11 @@ def warm_up(runtime: Runtime, spec: ModelSpec, sizes: set[int]) -> None:
         first = outputs[spec.outputs[0]]
         if first.shape != (size, width):
             raise LoadError(f"{spec.artifact} answers with shape {list(first.shape)}; expected {[size, width]}")
-        if any(output.shape[0] != size for output in outputs.values()):
+        if any(output.ndim != 2 or len(output) != size for output in outputs.values()):
             raise LoadError(f"{spec.artifact} does not give one row for each of {size} instances")
         if not np.isfinite(first).all():
             raise LoadError(f"{spec.artifact} answers NaN or infinity to a blank input")
+    return {name: outputs[name].shape[1] for name in spec.outputs}
 
 
 def _one_line(error: Exception) -> str:

@@ -220,6 +220,13 @@ def test_when_the_model_fails_on_everything_everybody_gets_500(digits: Any) -> N
     assert [answer.status for answer in context.ask(handler, [Sent({"body": WHITE}, HTTP)] * 3)] == [500] * 3
 
 
+def test_a_whole_chunk_that_fails_leaves_the_next_chunk_alone(digits: Any) -> None:
+    handler, context = digits
+    handler.runtime = Picky(handler.runtime)
+    answers = context.ask(handler, [Sent({"body": WHITE}, HTTP)] * 64 + [Sent({"body": png(0)}, HTTP)])
+    assert [answer.status for answer in answers] == [500] * 64 + [200]
+
+
 def test_an_answer_that_is_not_finite_is_our_fault_and_its_own(diabetes: Any) -> None:
     handler, context = diabetes
 

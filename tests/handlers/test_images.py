@@ -7,7 +7,7 @@ import warnings
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
@@ -179,7 +179,7 @@ def test_a_missing_decoder_is_never_replaced(monkeypatch: pytest.MonkeyPatch) ->
 SEEDS = [zoo.PNG, zoo.JPEG, *(zoo.ZOO[name].body for name in ("webp", "gif", "bmp", "jpeg-exif-6", "png-I16", "png-P"))]
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.sampled_from(SEEDS),
     st.lists(st.tuples(st.integers(0, 4000), st.integers(0, 255)), max_size=6),

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from handlers import answers, instances, payloads
@@ -164,6 +164,9 @@ def test_an_npy_header_cannot_reserve_memory_or_name_objects() -> None:
         assert refused.value.status == 400
 
 
+PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+"""The machine that runs this may be busy with something else."""
+
 KEYS = st.sampled_from([
     "data", "image", "b64", "body", "instances", "inputs", "parameters", "top_k", "id", "shape", "datatype", "outputs",
     "explain", "meta", "name", "x", *zoo.FEATURES,
@@ -211,14 +214,14 @@ def attempt(fields: Any, headers: Headers, spec: Any) -> None:
         assert np.isfinite(array).all()
 
 
-@settings(max_examples=600, deadline=None)
+@settings(parent=PATIENT, max_examples=600)
 @given(DOCUMENTS, SPECS, st.booleans())
 def test_any_json_is_understood_or_a_bad_request(document: Any, spec: Any, as_bytes: bool) -> None:
     body = json.dumps(document).encode() if as_bytes else document
     attempt({"body": body}, HTTP, spec)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(parent=PATIENT, max_examples=300)
 @given(
     st.binary(max_size=200) | st.text(max_size=100), st.sampled_from([b"", b"\x93NUMPY", b"{", b"[", b"GIF89a"]), SPECS
 )
@@ -226,7 +229,7 @@ def test_any_bytes_are_understood_or_a_bad_request(body: bytes | str, start: byt
     attempt({"body": start.decode("latin-1") + body if isinstance(body, str) else start + body}, HTTP, spec)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(parent=PATIENT, max_examples=300)
 @given(
     st.dictionaries(KEYS, st.binary(max_size=12) | JSON, max_size=4),
     st.dictionaries(
@@ -238,7 +241,7 @@ def test_any_fields_and_headers_are_understood_or_a_bad_request(fields: Any, hea
     attempt(fields, Headers.read(headers), spec)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(parent=PATIENT, max_examples=300)
 @given(
     st.integers(0, 200),
     st.integers(0, 255),
