@@ -14,17 +14,15 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, Self
+from typing import Any, Self
 from urllib.parse import quote
 
-import requests
-
-from marwright.errors import ServerUnreachable, SettingsError
-from marwright.release import answers
+from marwright.errors import SettingsError
 from marwright.release.answers import Answer, ModelStatus
 from marwright.release.grpc_api import GrpcApi
 from marwright.release.properties import ServerConfig
 from marwright.release.protos import inference_pb2, management_pb2
+from marwright.release.rest_api import RestApi
 from marwright.release.tokens import Kind, Tokens
 
 Fields = Mapping[str, bytes | str]
@@ -39,8 +37,7 @@ class Client:
         self.config = config
         self.timeout = timeout
         self._tokens = tokens if config.token_auth else None
-        self._session = requests.Session()
-        self._session.trust_env = False  # no proxy between us and loopback, and no .netrc in place of the token
+        self._rest = RestApi(config, self._tokens, timeout=timeout)
         self._grpc: GrpcApi | None = None
 
     def __enter__(self) -> Self:
@@ -50,7 +47,7 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        self._session.close()
+        self._rest.close()
         if self._grpc is not None:
             self._grpc.close()
             self._grpc = None
@@ -101,20 +98,20 @@ class Client:
 
         TorchServe serves it on the management port, and no other of KServe's health and metadata calls over REST.
         """
-        return bool(self._rest("GET", "management", f"/v1/models/{_name(model)}").json()["ready"])
+        return bool(self._rest.call("GET", "management", f"/v1/models/{_name(model)}").json()["ready"])
 
     def ping(self) -> str:
         """TorchServe's word for its health: "Healthy" also while no worker can start, so ask `describe`."""
-        return str(self._rest("GET", "inference", "/ping").json()["status"])
+        return str(self._rest.call("GET", "inference", "/ping").json()["status"])
 
     def api_description(self, kind: Kind = "inference") -> dict[str, Any]:
         """OpenAPI description of one of the two APIs."""
-        return dict(self._rest("OPTIONS", kind, "/").json())
+        return dict(self._rest.call("OPTIONS", kind, "/").json())
 
     def metrics(self, names: Sequence[str] = ()) -> str:
         """What Prometheus would scrape, all of it or the metrics named."""
         parameters = [("name[]", name) for name in names]
-        return self._rest("GET", "metrics", "/metrics", params=parameters).text
+        return self._rest.call("GET", "metrics", "/metrics", params=parameters).text
 
     # ---------------------------------------------------------------- management
 
@@ -123,7 +120,9 @@ class Client:
         found: dict[str, str] = {}
         page = "0"
         while page:
-            value = self._rest("GET", "management", "/models", params={"limit": "100", "next_page_token": page}).json()
+            value = self._rest.call(
+                "GET", "management", "/models", params={"limit": "100", "next_page_token": page}
+            ).json()
             found |= {model["modelName"]: model["modelUrl"] for model in value["models"]}
             page = value.get("nextPageToken", "")
         return found
@@ -143,7 +142,7 @@ class Client:
 
         def described(version: str | None, customized: bool) -> list[dict[str, Any]]:
             return list(
-                self._rest(
+                self._rest.call(
                     "GET",
                     "management",
                     _path("models", model, version),
@@ -354,66 +353,12 @@ class Client:
             data = bytes(body) if isinstance(body, bytes | bytearray) else json.dumps(body).encode()
             raw = isinstance(body, bytes | bytearray)
             sent["Content-Type"] = content_type or ("application/octet-stream" if raw else "application/json")
-        response = self._rest("POST", "inference", path, headers=sent, data=data, files=files, timeout=timeout)
+        response = self._rest.call("POST", "inference", path, headers=sent, data=data, files=files, timeout=timeout)
         return Answer.from_headers(response.content, response.status_code, response.headers)
 
     def _managed(self, method: str, path: str, parameters: Mapping[str, Any], timeout: float | None) -> str:
         given = {name: str(value) for name, value in parameters.items() if value is not None}
-        return str(self._rest(method, "management", path, params=given, timeout=timeout).json()["status"])
-
-    def _rest(
-        self,
-        method: str,
-        kind: Literal["inference", "management", "metrics"],
-        path: str,
-        *,
-        headers: Mapping[str, str] | None = None,
-        timeout: float | None = None,
-        **request: Any,
-    ) -> requests.Response:
-        """One call, and a second one when the token was refused and there is a better one."""
-        url = getattr(self.config, f"{kind}_url") + path
-        what = f"{method} {url}"
-        key_kind: Kind = "management" if kind == "management" else "inference"
-        token = self._tokens.key(key_kind) if self._tokens else None
-        response = self._send(method, url, token, headers, timeout, request)
-        if response.status_code == 400 and self._tokens and token and b"InvalidKeyException" in response.content:
-            better = self._tokens.after_refusal(key_kind, token)
-            if better is not None:
-                response = self._send(method, url, better, headers, timeout, request)
-        if response.status_code >= 400:
-            key_file = str(self._tokens.key_file) if self._tokens else "key_file.json"
-            answers.raise_refusal(what, response.status_code, response.content, key_file=key_file)
-        return response
-
-    def _send(
-        self,
-        method: str,
-        url: str,
-        token: str | None,
-        headers: Mapping[str, str] | None,
-        timeout: float | None,
-        request: Mapping[str, Any],
-    ) -> requests.Response:
-        sent = dict(headers or {})
-        if token is not None:
-            sent["Authorization"] = f"Bearer {token}"
-        limit = timeout or self.timeout
-        try:
-            return self._session.request(
-                method, url, headers=sent, timeout=(min(limit, 5.0), limit), allow_redirects=False, **request
-            )
-        except requests.ReadTimeout as error:
-            raise ServerUnreachable(
-                f"{method} {url}: no answer within {limit:g} s",
-                hint="`make status` shows whether workers are ready; a request can be given more time",
-            ) from error
-        except requests.RequestException as error:
-            if len(request.get("data") or b"") > self.config.max_request_size:  # it hangs up while we are sending
-                answers.raise_refusal(f"{method} {url}", 413, b"the request is larger than max_request_size")
-            raise ServerUnreachable(
-                f"{method} {url}: nobody answers: {error}", hint="`make serve` starts the server"
-            ) from error
+        return str(self._rest.call(method, "management", path, params=given, timeout=timeout).json()["status"])
 
 
 def _path(first: str, model: str, version: str | None) -> str:

@@ -96,8 +96,9 @@ class WorkerWords:
 
     @property
     def last(self) -> str:
-        """The cause, or each worker's last lines where there is none."""
-        return self.cause or "\n".join(line for texts in [*self.out, *self.err] for line in texts[-5:])
+        """The cause; where there is none, that the worker went without a word, and its last lines."""
+        silent = "it ended without a traceback (killed, out of memory, or a crash in native code); its last lines:"
+        return self.cause or "\n".join([silent, *(line for texts in [*self.out, *self.err] for line in texts[-3:])])
 
 
 def cause(lines: Sequence[str]) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import json
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import requests
@@ -191,7 +193,7 @@ def test_the_server_itself_refuses_every_url(echo: Client, echo_home: torchserve
 
 def test_an_unknown_method_is_a_405(echo: Client) -> None:
     with pytest.raises(ServerRefused) as caught:
-        echo._rest("PATCH", "management", "/models")
+        echo._rest.call("PATCH", "management", "/models")
     assert caught.value.status == 405
 
 
@@ -228,6 +230,19 @@ def test_a_worker_that_dies_is_a_500_that_says_where_to_look(echo: Client, echo_
     assert echo.predict("echo", b"").status == 200
 
 
+def test_a_full_queue_is_a_503_at_once_and_the_others_are_answered(echo: Client) -> None:
+    def one(_: int) -> int:
+        try:
+            return echo.predict("echo", {"sleep": 0.05}, timeout=30).status
+        except ServerRefused as error:
+            assert "queue is full" in error.hint
+            return error.status
+
+    with concurrent.futures.ThreadPoolExecutor(40) as pool:
+        statuses = list(pool.map(one, range(40)))
+    assert set(statuses) == {200, 503}
+
+
 def test_proxies_and_netrc_of_the_environment_are_not_used(echo: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "grpc_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
@@ -236,7 +251,7 @@ def test_proxies_and_netrc_of_the_environment_are_not_used(echo: Client, monkeyp
         assert other.ping_grpc() == "Healthy"
 
 
-def test_nobody_answering_is_told_with_what_to_do(tmp_path: torchserve.Path) -> None:
+def test_nobody_answering_is_told_with_what_to_do(tmp_path: Path) -> None:
     torchserve.write_config(tmp_path / "config.properties", {"disable_token_authorization": "true"})
     with Client(ServerConfig.from_file(tmp_path / "config.properties"), None) as client:
         for call in (client.ping, client.ping_grpc):
