@@ -62,7 +62,8 @@ def test_the_generated_python_is_of_the_proto_beside_it(name: str, module: objec
     module.DESCRIPTOR.CopyToProto(own)  # type: ignore[attr-defined]
     for each in (own, written):
         each.ClearField("name")
-        for message in each.message_type:
+        nested = [inner for message in each.message_type for inner in message.nested_type]
+        for message in (*each.message_type, *nested):
             for field in message.field:
                 field.ClearField("json_name")
     assert own == written
