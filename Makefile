@@ -16,7 +16,7 @@ recipe_options = --recipe '$(RECIPE)' $(if $(DATA),--data '$(DATA)') $(if $(EPOC
 format_option = $(if $(FORMAT),--format $(FORMAT))
 version_option = $(if $(VERSION),--version $(VERSION))
 
-.PHONY: help setup serve stop status predict token train export archive release test lint bench clean
+.PHONY: help setup serve stop status predict token train export archive rollout release test lint bench clean
 
 help: ## print this
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -57,6 +57,9 @@ export: $(STAMP) ## export a run as an artifact
 
 archive: $(STAMP) ## package a run into model_store/
 	@$(BIN)/marwright archive $(recipe_options) $(format_option) $(version_option)
+
+rollout: $(STAMP) ## bring the newest version (or VERSION=) to answer on the running server, with proof
+	@$(BIN)/marwright rollout $(VERSION) --model '$(MODEL)'
 
 release: $(STAMP) ## make a version answer, without proof: make release VERSION=1.1 [MODEL=cifar10]
 	@$(if $(VERSION),,echo "error: which version? make release VERSION=1.1"; exit 2;) $(BIN)/marwright release '$(VERSION)' --model '$(MODEL)'

@@ -16,7 +16,7 @@ from typing import Any
 
 import tyro
 
-from marwright.errors import MarwrightError, SettingsError
+from marwright.errors import MarwrightError, RolledBack, SettingsError
 
 
 def run(main: Callable[[Any], int], settings: type[Any], argv: Sequence[str], *, prog: str) -> int:
@@ -30,10 +30,20 @@ def run(main: Callable[[Any], int], settings: type[Any], argv: Sequence[str], *,
         return main(value)
     except MarwrightError as error:
         tell(error, as_json=wants_json)
-        return 2 if isinstance(error, SettingsError) else 1
+        return _exit_code(error)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
+
+
+def _exit_code(error: MarwrightError) -> int:
+    match error:
+        case SettingsError():
+            return 2
+        case RolledBack():
+            return 3
+        case _:
+            return 1
 
 
 def tell(error: MarwrightError, *, as_json: bool = False) -> None:

@@ -10,7 +10,7 @@ An error says what happened (`message`), which thing it happened to, and what to
     ├── ExportError ── ParityError   max |Δ|, allowed, worst input
     ├── ArchiveError ── ArchiveExists · ArchiveInvalid(issues: all of them at once)
     ├── ServerError ── ServerUnreachable · ServerRefused(status, TorchServe's own words) · NotReady(last words)
-    └── RolloutError ── IdentityMismatch(expected, serving)
+    └── RolloutError ── IdentityMismatch(expected, serving) · RolledBack(reason)
 """
 
 from __future__ import annotations
@@ -108,3 +108,11 @@ class IdentityMismatch(RolloutError):
         super().__init__(f"{message}: expected {expected}, serving {serving}", hint=hint)
         self.expected = expected
         self.serving = serving
+
+
+class RolledBack(RolloutError):
+    """A new version did not prove itself; the one before it answers, and was never left without workers."""
+
+    def __init__(self, message: str, *, reason: str, hint: str = "") -> None:
+        super().__init__(f"{message}: {reason}", hint=hint)
+        self.reason = reason

@@ -135,6 +135,18 @@ class TokenSettings(Places):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RolloutSettings(Places):
+    """Bring a built version to answer on the running server, with proof before and after, and back when it fails."""
+
+    version: Positional[str | None] = None
+    """The version that shall answer; the newest when not given."""
+    model: str = "digits"
+    """Name of the model."""
+    timeout: float = 120.0
+    """Seconds to wait for its workers."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ReleaseSettings(Places):
     """Make a version the released one, without proof. The journal says so for ever."""
 

@@ -19,6 +19,7 @@ VERBS = {
     "status": "what is built, what is released, what answers",
     "predict": "ask the running server",
     "token": "print a valid token",
+    "rollout": "bring a built version to answer on the running server, with proof",
     "release": "make a version the released one, without proof",
     "activate": "write JAVA_HOME and TS_CONFIG_FILE into the venv's activate",
 }

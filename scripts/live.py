@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import time
-
-from marwright.errors import NotReady, ServerUnreachable
-from marwright.packing.records import ArchiveRecord
-from marwright.release.answers import ModelStatus
+from marwright.errors import ServerUnreachable
 from marwright.release.client import Client
 from marwright.release.server import Server
 from marwright.release.tokens import Tokens
@@ -31,22 +27,3 @@ def _running(places: Places) -> Server:
     if server.find() is None:
         raise ServerUnreachable("TorchServe is not running", hint="make serve")
     return server
-
-
-def versions(client: Client, model: str) -> dict[str, ModelStatus]:
-    """The versions of a model that the server has loaded; none where it does not know the model."""
-    if model not in client.models():
-        return {}
-    return {status.version: status for status in client.describe(model, "all")}
-
-
-def wait_workers(client: Client, record: ArchiveRecord, *, seconds: float) -> None:
-    """Until the version has its READY workers; NotReady when it has not by then."""
-    until = time.monotonic() + seconds
-    while versions(client, record.model)[record.version].ready_workers < record.workers:
-        if time.monotonic() > until:
-            raise NotReady(
-                f"{record.model} {record.version} has no ready workers after {seconds:.0f} s",
-                hint="logs/model_log.log has the workers' own words",
-            )
-        time.sleep(0.2)

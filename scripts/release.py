@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 
-from marwright.packing import golden, records
-from marwright.packing.records import ArchiveRecord
-from marwright.release import journal, proof, serving
-from marwright.release.client import Client
+from marwright.packing import records
+from marwright.release import journal, rollout, serving
 from marwright.release.server import Server
 from marwright.settings import ReleaseSettings
 from scripts import live
@@ -23,7 +21,8 @@ def main(settings: ReleaseSettings) -> int:
         running = Server(settings.serving, home=settings.home).find() is not None
         if running:
             with live.client(settings) as client:
-                switch(client, record, settings, seconds=settings.timeout)
+                rollout.load(client, record, seconds=settings.timeout)
+                client.set_default(record.model, record.version)
         if was is None or was.version != record.version:
             book.release(record.model, record.version, proven=False, why="released by hand, without proof")
     serving.refresh(settings.config, settings.store)
@@ -34,12 +33,3 @@ def main(settings: ReleaseSettings) -> int:
     else:
         print(f"{record.version} {when}{before}; the journal says: released without proof")
     return 0
-
-
-def switch(client: Client, record: ArchiveRecord, settings: ReleaseSettings, *, seconds: float) -> None:
-    """Load the version beside the one that answers, see that it is itself, and only then make it the default."""
-    if record.version not in live.versions(client, record.model):
-        client.register(record.file, initial_workers=record.workers, synchronous=True, timeout=seconds)
-    live.wait_workers(client, record, seconds=seconds)
-    proof.prove(client, record, golden.read(settings.store / record.file))
-    client.set_default(record.model, record.version)

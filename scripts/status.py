@@ -11,7 +11,7 @@ from rich.table import Table
 
 from marwright.errors import ServerError
 from marwright.packing import records
-from marwright.release import journal
+from marwright.release import journal, rollout
 from marwright.release.answers import ModelStatus
 from marwright.release.server import Server
 from marwright.settings import Places, StatusSettings
@@ -43,7 +43,7 @@ def main(settings: StatusSettings) -> int:
                 serving = {
                     (model, version): status
                     for model in client.models()
-                    for version, status in live.versions(client, model).items()
+                    for version, status in rollout.versions(client, model).items()
                 }
         except ServerError as error:
             trouble = str(error)

@@ -172,22 +172,22 @@ def test_serve_refuses_a_released_archive_that_was_changed(project: Project) -> 
     path.write_bytes(whole)
 
 
-def test_after_a_proven_rollout_an_archive_is_only_built(project: Project) -> None:
-    with sqlite3.connect(project.store / "journal.db") as database:
-        database.execute(
-            "insert into entries (at, model, version, event, detail) values (?, ?, ?, ?, ?)",
-            (
-                "2026-01-01T00:00:00",
-                "digits",
-                "1.2",
-                "released",
-                json.dumps({"proven": True, "why": "rollout", "was": "1.1"}),
-            ),
-        )
-    database.close()
+def test_rollout_proves_a_version_before_it_answers(project: Project) -> None:
+    project.make("serve", QUICK, "SEED=2")
+    said = project.make("rollout", "VERSION=1.1").stdout
+    assert "golden examples answered rightly over REST and gRPC" in said
+    assert "1.1 answers now (was 1.2, still loaded)" in said
+    assert answering(project) == "1.1"
+    version, event, detail = journal(project)[-1]
+    assert (version, event, detail["proven"]) == ("1.1", "released", True)
+    assert "load_models=digits-1.1.mar\n" in (project.store / "serving.properties").read_text()
+
+
+def test_after_a_proven_rollout_an_archive_is_only_built_even_while_stopped(project: Project) -> None:
+    project.make("stop")
     said = project.make("archive", QUICK, "SEED=3").stdout
-    assert "1.2 still answers: `make rollout`, or `make release VERSION=1.3` without proof" in said
-    assert "load_models=digits-1.2.mar\n" in (project.store / "serving.properties").read_text()
+    assert "1.1 still answers: `make rollout`, or `make release VERSION=1.3` without proof" in said
+    assert "load_models=digits-1.1.mar\n" in (project.store / "serving.properties").read_text()
 
 
 def test_a_stale_serving_file_is_made_again_by_any_command(project: Project) -> None:
