@@ -154,8 +154,8 @@ class GrpcApi:
         name = lines[-1].strip().removesuffix(".()").rpartition(".")[2]
         if _is_token_refusal(error):
             name, lines = "InvalidKeyException", [details]
-        elif details == "Model API disabled":
-            name, lines = "MethodNotAllowedException", [details]
+        elif details.startswith("Model API disabled"):
+            name, lines = "MethodNotAllowedException", lines[:1]
         elif not name.endswith("Exception"):
             name, lines = "", [details]
         else:

