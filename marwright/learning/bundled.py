@@ -53,7 +53,7 @@ def diabetes() -> Examples:
 
 def downloaded(name: str, cache: Path) -> Examples:
     """`mnist` or `cifar10` by torchvision's own download into `cache`; a `DataError` when there is no way to it."""
-    from torchvision import datasets
+    from torchvision import datasets  # type: ignore[import-untyped]
 
     kind = {"mnist": datasets.MNIST, "cifar10": datasets.CIFAR10}[name]
     before = socket.getdefaulttimeout()

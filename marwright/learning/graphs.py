@@ -61,8 +61,10 @@ def net_args(recipe: Recipe, *, width: int) -> dict[str, Any]:
 
 
 def build(recipe: Recipe, dataset: Dataset) -> ServingGraph:
-    """A net with fresh (or pretrained) weights from torch's current seed, normalised by the training part."""
-    mean, std = statistics(dataset.train)
+    """A net with fresh weights from torch's current seed, normalised by the training part; or a pretrained one,
+    normalised as it was."""
+    pretrained = transfer.is_name(recipe.net.name) and recipe.net.weights is not None
+    mean, std = transfer.IMAGENET if pretrained else statistics(dataset.train)
     width = len(dataset.classes) if recipe.task == "classification" else len(mean)
     if transfer.is_name(recipe.net.name):
         net: Net = transfer.build(recipe, classes=width)

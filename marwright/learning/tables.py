@@ -44,7 +44,7 @@ class Data(Table):
     """Taken from all examples where the data has no test part of its own."""
     split_seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     on_unreadable: Literal["error", "skip"] = "error"
-    memory_limit: Count = 2 * 2**30
+    memory_limit: Annotated[int, Field(ge=0, lt=2**63)] = 2 * 2**30
     """Bytes of decoded pictures that are held in memory; more stream from disk. Results are the same."""
 
     def image(self) -> ImageInput | None:

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 PREFIX = "torchvision:"
 BACKBONE = "backbone"
 DOWNLOAD = "download"
+IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+"""Mean and std that torchvision's weights were trained with."""
+_UNFIT = ("googlenet", "inception_v3", "squeezenet1_0", "squeezenet1_1")
+"""Nets with side exits, or without a linear layer at the end."""
 
 
 class Backbone(Net):
@@ -37,9 +41,7 @@ class Backbone(Net):
         from torchvision import models  # type: ignore[import-untyped]
 
         weights = models.get_model_weights(name).DEFAULT if pretrained else None
-        # Without weights there are warnings about the initialisation of nets with side exits unless it is chosen.
-        extra = {"init_weights": True} if name in ("googlenet", "inception_v3") and not pretrained else {}
-        self.body = models.get_model(name, weights=weights, **extra)
+        self.body = models.get_model(name, weights=weights)
         self.width = _behead(self.body, name)
         self.dropout = nn.Dropout(dropout)
         self.fc = nn.Linear(self.width, classes)
@@ -112,7 +114,7 @@ def problems(recipe: Recipe) -> list[str]:
 
     found = []
     name = recipe.net.name.removeprefix(PREFIX)
-    there = models.list_models(module=models)
+    there = [known for known in models.list_models(module=models) if known not in _UNFIT]
     if name not in there:
         found.append(f"net.name is {recipe.net.name!r}; allowed: torchvision: and one of {', '.join(there)}")
     if recipe.task != "classification":

@@ -1,0 +1,1 @@
+"""Tests of marwright.learning: from examples to a run."""

@@ -1,0 +1,333 @@
+"""A run is reproducible, resumable, whole, and finished exactly once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from handlers import images
+from handlers.spec import ImageInput, Limits
+from marwright import runs
+from marwright.errors import RunError
+from marwright.learning import data, evaluation, provenance, recipe, training
+from marwright.learning.dataset import Dataset
+from marwright.learning.recipe import Recipe
+from marwright.runs import Run
+from tests.learning.conftest import RECIPES, tiny, zipped
+
+BUSY: dict[str, Any] = {
+    "training__epochs": 4,
+    "training__optimiser": {"name": "sgd", "lr": 0.02, "momentum": 0.9, "nesterov": True},
+    "training__schedule": {"name": "plateau", "patience": 0, "factor": 0.5},
+    "training__regularisation": {
+        "l1": 1e-5, "l2": 1e-3, "dropout": 0.3, "label_smoothing": 0.1, "flip": True, "crop": 1
+    },
+}  # fmt: skip
+"""Everything that has a state or is random, at once."""
+
+
+def weights(run: Run) -> str:
+    return hashlib.sha256(run.weights.read_bytes()).hexdigest()
+
+
+def stop_after(epochs: int) -> Callable[[training.Row], None]:
+    def watch(row: training.Row) -> None:
+        if row["epoch"] == epochs:
+            raise KeyboardInterrupt
+
+    return watch
+
+
+def left_over(folder: Path) -> list[str]:
+    return [path.name for path in folder.rglob("*") if path.name.endswith(".part")]
+
+
+@pytest.fixture(scope="module")
+def digits_run(digits: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    chosen = recipe.load("digits", recipes_dir=RECIPES, overrides={"epochs": 3})
+    return training.train(chosen, digits, tmp_path_factory.mktemp("runs"), progress=False)
+
+
+@pytest.fixture(scope="module")
+def linear_run(diabetes: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    chosen = recipe.load("diabetes-linear", recipes_dir=RECIPES)
+    return training.train(chosen, diabetes, tmp_path_factory.mktemp("runs"), progress=False)
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others(tiny_set: Dataset, tmp_path: Path) -> None:
+    one, two = (training.train(tiny(**BUSY), tiny_set, tmp_path / where, progress=False) for where in "ab")
+    assert one.weights.read_bytes() == two.weights.read_bytes()
+    assert one.id == two.id
+    other = training.train(tiny(**BUSY, training__seed=1), tiny_set, tmp_path, progress=False)
+    assert weights(other) != weights(one)
+    assert other.id != one.id
+
+
+def test_training_does_not_depend_on_torchs_own_seed_nor_change_it(tiny_set: Dataset, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    one = training.train(tiny(**BUSY), tiny_set, tmp_path / "a", progress=False)
+    torch.manual_seed(2)
+    before = torch.random.get_rng_state()
+    two = training.train(tiny(**BUSY), tiny_set, tmp_path / "b", progress=False)
+    assert weights(one) == weights(two)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    "optimiser",
+    [
+        BUSY["training__optimiser"],
+        {"name": "adam", "lr": 0.01},
+        {"name": "adamw", "lr": 0.01},
+        {"name": "rmsprop", "lr": 0.001, "momentum": 0.5},
+        {"name": "adagrad", "lr": 0.01, "lr_decay": 0.1},
+    ],
+    ids=lambda choice: choice["name"],
+)
+def test_a_resumed_run_is_one_that_never_stopped(optimiser: dict[str, Any], tiny_set: Dataset, tmp_path: Path) -> None:
+    chosen = tiny(**(BUSY | {"training__optimiser": optimiser}))
+    whole = training.train(chosen, tiny_set, tmp_path / "whole", progress=False)
+    for stop in (1, 3):
+        with pytest.raises(KeyboardInterrupt):
+            training.train(chosen, tiny_set, tmp_path / "cut", resume=True, progress=False, watch=stop_after(stop))
+    cut = training.train(chosen, tiny_set, tmp_path / "cut", resume=True, progress=False)
+    assert cut.about["resumed_after_epoch"] == 3
+    assert cut.weights.read_bytes() == whole.weights.read_bytes()
+    for name in ("curves.json",):
+        one, two = (run.json(name, made_by="train") for run in (whole, cut))
+        assert [{**row, "seconds": 0} for row in one] == [{**row, "seconds": 0} for row in two]  # type: ignore[dict-item]
+
+
+def test_a_run_killed_within_an_epoch_resumes_alike(
+    tiny_set: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = training.train(tiny(**BUSY), tiny_set, tmp_path / "whole", progress=False)
+    steps = iter(range(100))
+    step = training.Trainer._loss
+
+    def interrupted(self: training.Trainer, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        if next(steps) == 9:  # four steps an epoch: in the middle of the third
+            raise KeyboardInterrupt
+        return step(self, inputs, targets)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Trainer, "_loss", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            training.train(tiny(**BUSY), tiny_set, tmp_path / "cut", progress=False)
+    cut = training.train(tiny(**BUSY), tiny_set, tmp_path / "cut", resume=True, progress=False)
+    assert cut.about["resumed_after_epoch"] == 2
+    assert cut.weights.read_bytes() == whole.weights.read_bytes()
+
+
+def test_ctrl_c_leaves_the_last_whole_checkpoint_and_no_part_files(
+    tiny_set: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saves = iter(range(100))
+    save = torch.save
+
+    def interrupted(state: Any, stream: Any) -> None:
+        if next(saves) == 2:
+            stream.write(b"half")
+            raise KeyboardInterrupt
+        save(state, stream)
+
+    monkeypatch.setattr(torch, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        training.train(tiny(**BUSY), tiny_set, tmp_path, progress=False)
+    run = Run(tmp_path / provenance.run_id(tiny(**BUSY), tiny_set))
+    state = torch.load(run.path / "checkpoint.pt", weights_only=True)
+    assert len(state["curves"]) == 2
+    assert not run.finished
+    assert not left_over(tmp_path)
+    with pytest.raises(RunError, match="not finished"):
+        runs.open_run(run.path)
+
+
+def test_without_resume_an_unfinished_run_starts_afresh(tiny_set: Dataset, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        training.train(tiny(**BUSY), tiny_set, tmp_path, progress=False, watch=stop_after(1))
+    seen: list[float] = []
+    training.train(tiny(**BUSY), tiny_set, tmp_path, progress=False, watch=lambda row: seen.append(row["epoch"]))
+    assert seen == [1, 2, 3, 4]
+
+
+def test_a_finished_run_is_returned_at_once(tiny_set: Dataset, tmp_path: Path) -> None:
+    one = training.train(tiny(), tiny_set, tmp_path, progress=False)
+
+    def fail(row: training.Row) -> None:
+        raise AssertionError("trained again")
+
+    assert training.train(tiny(), tiny_set, tmp_path, progress=False, watch=fail) == one
+
+
+def test_a_run_is_named_by_recipe_data_and_code(
+    folder: Path, tiny_set: Dataset, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = provenance.run_id(tiny(), tiny_set)
+    assert re.fullmatch(r"tiny-[0-9a-f]{12}", name)
+    archive = zipped(folder, tmp_path / "x.zip")
+    from_zip = data.load(tiny(), path=archive, cache=cache, progress=False)
+    assert provenance.run_id(tiny(data__path=str(archive), data__memory_limit=1), from_zip) == name
+    assert provenance.run_id(tiny(training__epochs=3), tiny_set) != name
+    (folder / "train" / "a" / "000.png").unlink()
+    assert provenance.run_id(tiny(), data.load(tiny(), path=folder, cache=cache, progress=False)) != name
+    monkeypatch.setattr(provenance, "code_digest", lambda: "other")
+    assert provenance.run_id(tiny(), tiny_set) != name
+
+
+def test_streaming_from_disk_trains_the_same_weights(folder: Path, tmp_path: Path, cache: Path) -> None:
+    made = []
+    for limit in (2**30, 1):
+        chosen = tiny(**BUSY, data__memory_limit=limit)
+        loaded = data.load(chosen, path=folder, cache=cache, progress=False)
+        made.append(training.train(chosen, loaded, tmp_path / str(limit), progress=False))
+    assert [run.about["streamed"] for run in made] == [False, True]
+    assert weights(made[0]) == weights(made[1])
+
+
+def test_a_run_folder_holds_what_it_promises(digits_run: Run, digits: Dataset) -> None:
+    names = {path.name for path in digits_run.path.iterdir()}
+    assert names == {
+        "run.json", "recipe.json", "weights.pt", "spec.json", "examples.npz", "golden", "split.json", "curves.json",
+        "evaluation.json", "report.html",
+    }  # fmt: skip
+    assert not left_over(digits_run.path)
+    about = digits_run.about
+    assert about["id"] == digits_run.id
+    assert about["data_digest"] == digits.digest
+    assert {"torch", "numpy", "pillow", "python"} <= set(about["versions"])
+    assert about["threads"] == torch.get_num_threads()
+    assert about["examples"] == {"train": 1259, "validation": 179, "test": 359}
+    assert about["seconds"]["training"] > 0
+    assert Recipe.from_dict(digits_run.recipe).training.epochs == 3
+    assert len(digits_run.json("curves.json", made_by="train")) == 3
+    scores = digits_run.evaluation
+    assert np.asarray(scores["confusion"]).sum() == scores["examples"] == 359
+    assert {"label", "precision", "recall", "f1", "support"} == set(scores["classes"][0])
+    spec = digits_run.spec
+    assert spec.run == digits_run.id
+    assert spec.metrics == scores["metrics"]
+    assert spec.input == ImageInput(1, 16, 16)
+    assert spec.outputs == ("probabilities", "embedding")
+
+
+def test_three_epochs_of_digits_learn_and_the_loaded_graph_agrees(digits_run: Run, digits: Dataset) -> None:
+    graph = training.load_graph(digits_run)
+    scores = evaluation.evaluate(graph, digits.test, classes=digits.classes)
+    assert scores.metrics == digits_run.evaluation["metrics"]
+    assert scores.metrics["accuracy"] > 0.9
+    with np.load(digits_run.path / "examples.npz") as saved:
+        inputs, labels = saved["inputs"], saved["labels"]
+    assert (inputs.shape, inputs.dtype) == ((359, 1, 16, 16), np.uint8)
+    with torch.inference_mode():
+        probabilities, embedding = graph(torch.from_numpy(inputs))
+    assert float((probabilities.argmax(1).numpy() == labels).mean()) == pytest.approx(scores.metrics["accuracy"])
+    assert embedding.shape == (359, 128)
+
+
+def test_weights_are_plain_tensors_and_hold_the_normalisation(digits_run: Run) -> None:
+    state = torch.load(digits_run.weights, weights_only=True)
+    assert {"mean", "std", "net.conv1.weight"} <= set(state)
+    assert all(value.is_contiguous() for value in state.values())
+
+
+def test_golden_examples_are_real_bodies_of_every_class(digits_run: Run, digits: Dataset) -> None:
+    folder = digits_run.path / "golden"
+    listed = json.loads((folder / "golden.json").read_text("utf-8"))
+    assert len(listed) == 16
+    assert {one["label"] for one in listed} == set(digits.classes)
+    assert {path.name for path in folder.iterdir()} == {"golden.json", *(one["file"] for one in listed)}
+    graph = training.load_graph(digits_run)
+    right = 0
+    for one in listed:
+        assert one["kind"] == "image"
+        picture = images.decode((folder / one["file"]).read_bytes(), ImageInput(1, 16, 16), Limits())
+        with torch.inference_mode():
+            right += digits.classes[int(graph(torch.from_numpy(picture)[None])[0].argmax())] == one["label"]
+    assert right >= 12
+
+
+def test_golden_examples_of_files_are_the_files(folder: Path, tiny_set: Dataset, tmp_path: Path) -> None:
+    run = training.train(tiny(training__epochs=1), tiny_set, tmp_path, progress=False)
+    listed = json.loads((run.path / "golden" / "golden.json").read_text("utf-8"))
+    assert len(listed) == 12  # all there are in the test part
+    originals = {path.read_bytes() for path in (folder / "test").rglob("*.png")}
+    assert {(run.path / "golden" / one["file"]).read_bytes() for one in listed} == originals
+
+
+def test_a_linear_regressor_finds_least_squares(linear_run: Run, diabetes: Dataset) -> None:
+    from sklearn.linear_model import LinearRegression
+
+    (rows, values), (test_rows, test_values) = (
+        (rows.numpy(), values.numpy())
+        for rows, values in (part.take(torch.arange(len(part))) for part in (diabetes.train, diabetes.test))
+    )
+    answers = LinearRegression().fit(rows, values).predict(test_rows)
+    wanted = float(((answers - test_values) ** 2).mean() ** 0.5)
+    assert linear_run.spec.metrics["rmse"] <= 1.02 * wanted
+
+
+def test_a_regressor_takes_raw_rows_and_answers_in_the_targets_unit(linear_run: Run, diabetes: Dataset) -> None:
+    graph = training.load_graph(linear_run)
+    assert linear_run.spec.target == "progression"
+    assert linear_run.spec.outputs == ("value",)
+    assert float(graph.target_mean) == pytest.approx(float(diabetes.train.targets.mean()), rel=1e-5)
+    with torch.inference_mode():
+        (value,) = graph(diabetes.test.take(torch.arange(20))[0])
+    assert value.shape == (20, 1)
+    assert 50 < float(value.mean()) < 300
+    listed = json.loads((linear_run.path / "golden" / "golden.json").read_text("utf-8"))
+    assert len(listed) == 16
+    assert set(listed[0]) == {"file", "kind", "value"}
+    assert len(json.loads((linear_run.path / "golden" / "00.json").read_text("utf-8"))) == 10
+
+
+def test_the_best_epoch_is_kept_and_patience_ends_training(tiny_set: Dataset, tmp_path: Path) -> None:
+    chosen = tiny(training__epochs=40, training__regularisation={"patience": 3})
+    run = training.train(chosen, tiny_set, tmp_path, progress=False)
+    curves: Any = run.json("curves.json", made_by="train")
+    best = training.best_epoch(curves)
+    assert run.about["best_epoch"] == best
+    assert run.about["stopped_early"]
+    assert len(curves) == best + 3
+    graph = training.load_graph(run)
+    kept = evaluation.evaluate(graph, tiny_set.validation, classes=tiny_set.classes)
+    assert kept.loss == pytest.approx(curves[best - 1]["validation_loss"], rel=1e-4)
+
+
+def test_the_best_epoch_has_the_highest_accuracy_then_the_lowest_loss() -> None:
+    rows = [
+        {"epoch": i + 1, "validation_accuracy": accuracy, "validation_loss": loss}
+        for i, (accuracy, loss) in enumerate([(0.5, 0.1), (0.9, 0.3), (0.9, 0.2), (0.9, 0.2)])
+    ]
+    assert training.best_epoch(rows) == 3
+    assert training.best_epoch([{"epoch": i + 1, "validation_loss": loss} for i, loss in enumerate([3, 1, 2])]) == 2
+
+
+def test_a_net_that_comes_apart_says_so(tiny_set: Dataset, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="came apart") as caught:
+        training.train(tiny(training__optimiser={"name": "sgd", "lr": 1e30}), tiny_set, tmp_path, progress=False)
+    assert "lower learning rate" in caught.value.hint
+
+
+def test_a_last_batch_of_one_does_not_stop_a_net_with_norms(tiny_set: Dataset, tmp_path: Path) -> None:
+    size = len(tiny_set.train) - 1
+    chosen = tiny(net={"name": "cifar_resnet", "args": {"blocks": 1, "filters": 4}}, training__batch_size=size)
+    assert training.train(chosen, tiny_set, tmp_path, progress=False).finished
+
+
+def test_the_progress_bar_is_shown_on_request(
+    tiny_set: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    training.train(tiny(), tiny_set, tmp_path / "a", progress=False)
+    assert capsys.readouterr().out == ""
+    training.train(tiny(), tiny_set, tmp_path / "b", progress=True)
+    assert "training tiny" in capsys.readouterr().out
