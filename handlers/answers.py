@@ -31,6 +31,8 @@ from handlers.spec import ModelSpec
 
 Outputs = Mapping[str, NDArray[Any]]
 
+_JSON = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
 
 @dataclass(frozen=True)
 class Sheet:
@@ -80,7 +82,7 @@ def answer(payload: Payload, sheet: Sheet, rows: slice, spec: ModelSpec, *, mode
 def encode(value: Any) -> bytes:
     """Compact JSON, never with NaN in it. Half of a surrogate pair, echoed from a request, is escaped."""
     try:
-        return json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+        return _JSON.encode(value).encode()
     except UnicodeEncodeError:
         return json.dumps(value, separators=(",", ":"), allow_nan=False).encode()
 

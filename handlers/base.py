@@ -27,7 +27,7 @@ from handlers.bundle import Bundle
 from handlers.errors import PHRASES, BadRequest, LoadError
 from handlers.payloads import Headers, Payload
 from handlers.settings import WorkerSettings
-from handlers.spec import ImageInput, ModelSpec
+from handlers.spec import ImageInput, ModelSpec, SpecError
 
 FAILED = "MARWRIGHT-FAILED"
 """Begins the one line in the model log that says why a worker did not start."""
@@ -79,10 +79,10 @@ class BatchHandler:
         try:
             self._start(context)
         except Exception as error:
-            cause = str(error) if isinstance(error, LoadError) else f"{type(error).__name__}: {error}"
-            cause = " ".join(cause.split())[:1000]
+            foreseen = isinstance(error, LoadError | SpecError)
+            cause = " ".join((str(error) if foreseen else f"{type(error).__name__}: {error}").split())[:1000]
             _log.error("%s %s", FAILED, cause)
-            raise RuntimeError(cause) from None if isinstance(error, LoadError) else error
+            raise RuntimeError(cause) from None if foreseen else error
 
     def handle(self, data: Sequence[Any] | None, context: Any) -> list[bytes]:
         """One body for each request, in order."""

@@ -10,6 +10,7 @@ worker obeys it; nothing about the input's shape, the decoder, the classes or th
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
@@ -114,13 +115,18 @@ class ModelSpec:
         _check(self.task in ("classification", "regression"), "task", self.task, "'classification' or 'regression'")
         _check(bool(self.net), "net", self.net, "a name")
         if self.task == "classification":
+            _check(isinstance(self.input, ImageInput), "input", self.input, "an image, to classify")
+            _check(all(isinstance(label, str) for label in self.classes), "classes", self.classes, "texts")
             _check(len(self.classes) >= 2, "classes", self.classes, "at least two labels")
             _check(len(set(self.classes)) == len(self.classes), "classes", self.classes, "each label once")
             _check(self.outputs[:1] == ("probabilities",), "outputs", self.outputs, "'probabilities' first")
         else:
+            _check(isinstance(self.input, VectorInput), "input", self.input, "rows of numbers, for a regression")
             _check(bool(self.target), "target", self.target, "a name")
             _check(self.outputs[:1] == ("value",), "outputs", self.outputs, "'value' first")
         _check(isinstance(self.top_k, int) and self.top_k >= 1, "top_k", self.top_k, "1 or more")
+        for name, value in self.metrics.items():
+            _check(isinstance(value, int | float) and math.isfinite(value), f"metrics.{name}", value, "a finite number")
         _check("/" not in self.artifact, "artifact", self.artifact, "a bare file name")
 
     def exported(self, format: str, artifact: str) -> ModelSpec:
@@ -142,7 +148,8 @@ class ModelSpec:
             raise SpecError(f"spec.json is not JSON: {error}") from None
         if not isinstance(document, dict):
             raise SpecError("spec.json is not a JSON object")
-        _check(document.pop("schema", None) == SCHEMA, "schema", document.get("schema"), str(SCHEMA))
+        schema = document.pop("schema", None)
+        _check(schema == SCHEMA, "schema", schema, str(SCHEMA))
         try:
             given = dict(document.pop("input"))
             kind = given.pop("kind", None)
