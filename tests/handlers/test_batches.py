@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from handlers import base, instances
 from tests import zoo
@@ -290,3 +292,28 @@ def test_handlers_say_nothing_about_good_requests(digits: Any, caplog: pytest.Lo
     with caplog.at_level(logging.DEBUG, logger=base.__name__):
         context.ask(handler, [Sent({"body": png(0)}, HTTP)])
     assert caplog.records == []
+
+
+ODD = st.sampled_from([oddity.sent for oddity in zoo.ZOO.values() if len(oddity.body) < 10**6])
+ANYTHING = st.builds(
+    Sent,
+    st.dictionaries(
+        st.sampled_from(["body", "data", "top_k", "meta", "explain", "x"]), st.binary(max_size=9) | st.none()
+    ),
+    st.dictionaries(st.sampled_from(["Host", "X-Top-K", "explain", "describe", "data"]), st.text(max_size=5)),
+)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(ODD | ANYTHING, max_size=6), st.lists(ODD | ANYTHING, max_size=6), st.sampled_from(["eager", "onnx"]))
+def test_no_company_changes_a_good_answer(ready: Any, before: list[Sent], after: list[Sent], format: str) -> None:
+    handler, context = ready("digits", format)
+    good = Sent({"body": png(40)}, HTTP)
+    alone = context.ask(handler, [good])[0]
+    together = context.ask(handler, [*before, good, *after])
+    mine = together[len(before)]
+    assert (mine.status, list(mine.json), mine.headers) == (200, list(alone.json), alone.headers)
+    assert mine.json == pytest.approx(alone.json, abs=1e-6)
+    for answer in together:
+        assert answer.json is not None
+        assert answer.status in (200, 400, 413, 415, 422, 501)
