@@ -28,7 +28,7 @@ setup: $(STAMP) ## make the virtual environment (the other targets do it themsel
 $(STAMP): pyproject.toml requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info[:2] == (3, 11) else "Python 3.11 is needed, $(PYTHON) is " + sys.version.split()[0] + ": make PYTHON=/path/to/python3.11 ...")'
 	@test -x $(BIN)/python || { echo "making $(VENV) and installing into it (once; about 6 GB, a few minutes)"; $(PYTHON) -m venv $(VENV); }
-	@$(BIN)/python -m pip install --disable-pip-version-check --requirement requirements.lock
+	@$(BIN)/python -m pip install $(if $(wildcard $(VENV)/lib/python3.11/site-packages/torch),--quiet) --disable-pip-version-check --requirement requirements.lock
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@$(BIN)/marwright activate --venv $(VENV)
 	@touch $@
