@@ -67,7 +67,7 @@ def several(given: Any, spec: ModelSpec) -> bool:
     if isinstance(given, list) and given and isinstance(given[0], dict | str):
         return True
     if isinstance(spec.input, VectorInput):
-        return given.ndim != 1 if isinstance(given, np.ndarray) else isinstance(given, list) and _depth(given) > 1
+        return given.ndim > 1 if isinstance(given, np.ndarray) else isinstance(given, list) and _depth(given) > 1
     return given.ndim > 3 if isinstance(given, np.ndarray) else isinstance(given, list) and _depth(given) > 3
 
 

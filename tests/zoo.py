@@ -350,6 +350,7 @@ ROWS = [
     _json("row-by-name-lacks-one", 422, dict(zip(FEATURES[:9], ROW[:9], strict=True)), model="diabetes"),
     _json("row-by-name-one-too-many", 422, {**dict(zip(FEATURES, ROW, strict=True)), "s7": 1}, model="diabetes"),
     _json("rows-second-is-short", 422, [ROW, ROW[:9]], model="diabetes"),
+    _raw("row-npy-lone-number", 422, npy(5.0), model="diabetes"),
     _raw("row-npy-nan", 422, npy([float("nan")] * 10), model="diabetes"),
     _json("row-kserve-v2-images", 422, _v2([1, 9], "FP32", ROW[:9]), model="diabetes"),
 ]  # fmt: skip
