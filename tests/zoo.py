@@ -286,6 +286,7 @@ WRONG = [
     _json("json-two-inputs", 400, {"data": b64(PNG), "image": b64(PNG)}),
     _raw("json-cut-short", 400, b'{"data": "iVBOR', "application/json"),
     _json("json-not-base64", 400, {"data": "%%%"}),
+    _json("json-base64-with-a-stray-character", 400, {"data": f"{b64(PNG)[:40]}!{b64(PNG)[40:]}"}),
     _json("json-base64-of-text", 415, {"data": b64(b"hello there")}),
     _json("json-null", 422, {"data": None}),
     _json("json-number", 422, {"data": 5}),

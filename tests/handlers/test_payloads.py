@@ -53,6 +53,7 @@ FLAT = PIXELS.ravel().tolist()
         {"body": zoo.npy(PIXELS[None])},
         {"body": zoo.npy(PIXELS[None, None])},
         {"body": zoo.npy(PIXELS.astype(">i4"))},
+        {"body": zoo.npy(np.asfortranarray(PIXELS))},
         {"body": zoo.npy(PIXELS / 255)},
         {"body": zoo.npy(PIXELS.astype(np.uint16) * 257)},
         {"body": {"instances": [{"b64": zoo.b64(PNG)}]}},
