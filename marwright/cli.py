@@ -15,6 +15,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import tyro
+from rich.console import Console
+from rich.table import Table
 
 from marwright.errors import MarwrightError, RolledBack, SettingsError
 
@@ -34,6 +36,16 @@ def run(main: Callable[[Any], int], settings: type[Any], argv: Sequence[str], *,
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
+
+
+def print_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Aligned columns on standard output, wider than the terminal rather than cut."""
+    table = Table(box=None, pad_edge=False)
+    for title in titles:
+        table.add_column(title, no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    Console(width=1000).print(table)
 
 
 def _exit_code(error: MarwrightError) -> int:

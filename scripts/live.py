@@ -9,9 +9,15 @@ from marwright.release.tokens import Tokens
 from marwright.settings import Places
 
 
-def client(places: Places, *, timeout: float = 10.0) -> Client:
-    """A client of the server that runs now; use it in a `with`. ServerUnreachable where none does."""
-    return _running(places).client(timeout=timeout)
+def client(places: Places, *, timeout: float = 10.0, starting: float = 60.0) -> Client:
+    """A client of the server that runs now; use it in a `with`. ServerUnreachable where none does.
+
+    One that was only just started gets `starting` seconds to bind its ports.
+    """
+    server = _running(places)
+    if starting:
+        server.wait_ready({}, timeout=starting)
+    return server.client(timeout=timeout)
 
 
 def tokens(places: Places) -> Tokens:

@@ -6,9 +6,7 @@ import json
 import sys
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
+from marwright import cli
 from marwright.errors import DataError, SettingsError
 from marwright.release.client import Client
 from marwright.settings import PredictSettings
@@ -33,13 +31,9 @@ def main(settings: PredictSettings) -> int:
     if settings.json:
         print(json.dumps({"prediction": value, **who}, ensure_ascii=False))
         return 0
-    table = Table(box=None, pad_edge=False)
-    table.add_column("answer")
-    table.add_column("", justify="right")
     pairs = value.items() if isinstance(value, dict) else enumerate(value if isinstance(value, list) else [value])
-    for name, score in pairs:
-        table.add_row(str(name), f"{score:.4f}" if isinstance(score, float) else json.dumps(score))
-    Console().print(table)
+    rows = [(str(name), f"{score:.4f}" if isinstance(score, float) else json.dumps(score)) for name, score in pairs]
+    cli.print_table(("answer", ""), rows)
     print(f"{model} {answer.version}, bundle {answer.bundle}, over {'gRPC' if settings.grpc else 'REST'}")
     return 0
 

@@ -10,9 +10,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
+from marwright import cli
 from marwright.packing import golden, records
 from marwright.packing.records import ArchiveRecord
 from marwright.release import journal, proof
@@ -69,15 +67,14 @@ def _show(settings: ServeSettings, released: Iterable[ArchiveRecord], proofs: li
     if settings.json:
         print(json.dumps({"running": running, "models": [each.__dict__ for each in proofs]}))
         return
-    table = Table(box=None, pad_edge=False)
-    for title in ("model", "version", "test", "a real answer", "in", "golden", "bundle"):
-        table.add_column(title)
+    rows = []
     for record, seen in zip(released, proofs, strict=True):
         scores = ", ".join(f"{name} {value:.4g}" for name, value in record.metrics.items())
         answer = f"{seen.first[0]}: {seen.first[1]:.4g}"
         right = f"{seen.examples} of {seen.examples}"
-        table.add_row(seen.model, seen.version, scores, answer, f"{seen.seconds * 1000:.1f} ms", right, seen.bundle)
-    Console().print(table)
+        took = f"{seen.seconds * 1000:.1f} ms"
+        rows.append((seen.model, seen.version, scores, answer, took, right, seen.bundle))
+    cli.print_table(("model", "version", "test", "a real answer", "in", "golden", "bundle"), rows)
     example = _example(settings.runs)
     model = proofs[0].model
     print(f"\nTorchServe {'was running already' if running else 'is running'}. Next:")

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
+from marwright import cli
 from marwright.errors import ServerError
 from marwright.packing import records
 from marwright.release import journal, rollout
@@ -34,12 +31,13 @@ class Row:
 
 
 def main(settings: StatusSettings) -> int:
-    running = Server(settings.serving, home=settings.home).find()
+    server = Server(settings.serving, home=settings.home)
+    running = server.find()
     serving: dict[tuple[str, str], ModelStatus] = {}
     trouble = ""
     if running is not None:
         try:
-            with live.client(settings, timeout=5.0) as client:
+            with live.client(settings, timeout=5.0, starting=0) as client:
                 serving = {
                     (model, version): status
                     for model in client.models()
@@ -47,7 +45,7 @@ def main(settings: StatusSettings) -> int:
                 }
         except ServerError as error:
             trouble = str(error)
-    rows = table(settings, serving, running is not None)
+    rows = table(settings, serving, server if running else None)
     if settings.json:
         print(json.dumps({"running": running is not None, "versions": [row.__dict__ for row in rows]}))
         return 0
@@ -58,8 +56,8 @@ def main(settings: StatusSettings) -> int:
     return 0
 
 
-def table(places: Places, serving: dict[tuple[str, str], ModelStatus], running: bool) -> list[Row]:
-    """A row for each archive in the store; `trouble` where the journal and the server differ."""
+def table(places: Places, serving: dict[tuple[str, str], ModelStatus], server: Server | None) -> list[Row]:
+    """A row for each archive in the store; `trouble` where the journal and the running server differ."""
     with journal.open(places.store) as book:
         released = book.releases()
     rows = []
@@ -72,12 +70,12 @@ def table(places: Places, serving: dict[tuple[str, str], ModelStatus], running: 
             trouble = (
                 f"{record.model} {record.version} answers, the journal says {release.version if release else 'none'}"
             )
-        elif chosen and running and status is None:
+        elif chosen and server and status is None:
             trouble = f"{record.model} {record.version} is released, the server has not loaded it: make stop serve"
-        elif chosen and status is not None and status.ready_workers < record.workers:
+        elif server and chosen and status is not None and status.ready_workers < record.workers:
+            words = server.last_words(record.model, record.version) or "logs/model_log.log has their own words"
             trouble = (
-                f"{record.model} {record.version} has {status.ready_workers} of {record.workers} workers ready;"
-                f" {Path('logs') / 'model_log.log'} has their own words"
+                f"{record.model} {record.version} has {status.ready_workers} of {record.workers} workers ready: {words}"
             )
         word = ("proven" if release.proven else "unproven") if release and chosen else ""
         answers = f"{'answers' if status.default else 'loaded'}, {status.ready_workers} ready" if status else ""
@@ -90,10 +88,8 @@ def show(rows: list[Row]) -> None:
     if not rows:
         print("nothing built yet: make archive")
         return
-    table = Table(box=None, pad_edge=False)
-    for title in ("model", "version", "size", "test", "released", "server"):
-        table.add_column(title, justify="right" if title == "size" else "left")
-    for row in rows:
-        size = f"{row.size / 1000:.0f} kB"
-        table.add_row(row.model, row.version, size, row.scores, row.released, row.serving)
-    Console().print(table)
+    titles = ("model", "version", "kB", "test", "released", "server")
+    cli.print_table(
+        titles,
+        [(row.model, row.version, f"{row.size / 1000:.0f}", row.scores, row.released, row.serving) for row in rows],
+    )

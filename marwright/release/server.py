@@ -194,6 +194,11 @@ class Server:
                     )
                 time.sleep(0.2)
 
+    def last_words(self, model: str, version: str) -> str:
+        """Why workers of that version do not start, on one line, in their own words; "" where none complained."""
+        log = self._mark(of=self.find())[0]
+        return WorkerWords.of(log.lines(), model, version).cause
+
     # ---------------------------------------------------------------- stopping
 
     def stop(self, *, timeout: float = 60.0) -> bool:
