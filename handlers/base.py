@@ -59,16 +59,6 @@ class Batch:
     requests: list[Request]
 
 
-@dataclass
-class Results:
-    """What inference makes of a batch's array."""
-
-    outputs: dict[str, NDArray[Any]]
-    """By name, one row for each row of the array."""
-    failed: set[int] = field(default_factory=set)
-    """Rows for which the model raised an exception; their outputs mean nothing."""
-
-
 class BatchHandler:
     """What TorchServe calls. A subclass says which task it answers for."""
 
@@ -89,8 +79,8 @@ class BatchHandler:
         if not data:
             return []
         batch = self.preprocess(data, context)
-        results = self.inference(batch)
-        return self.postprocess(batch, results, context)
+        outputs = self.inference(batch)
+        return self.postprocess(batch, outputs, context)
 
     def preprocess(self, data: Sequence[Any], context: Any) -> Batch:
         """Parse and decode each request by itself."""
@@ -117,28 +107,28 @@ class BatchHandler:
                 request.error = BadRequest(500, _OURS)
         return Batch(np.stack(arrays) if arrays else runtime.blank(self.spec, 0), requests)
 
-    def inference(self, batch: Batch) -> Results:
-        """Run the array in chunks; where a chunk fails, its rows are run one by one, so that only the culprit fails."""
-        results = Results({name: np.zeros((0, width), np.float32) for name, width in self.widths.items()})
-        parts: list[dict[str, NDArray[Any]]] = []
+    def inference(self, batch: Batch) -> dict[str, NDArray[Any]]:
+        """Run the array in chunks; where a chunk fails, its rows are run one by one, so that only the culprit fails.
+
+        A culprit's outputs are NaN.
+        """
+        parts = [{name: np.zeros((0, width), np.float32) for name, width in self.widths.items()}]
         for start in range(0, len(batch.array), self.chunk):
             chunk = batch.array[start : start + self.chunk]
             try:
                 parts.append(self.runtime.run(chunk))
             except Exception:
                 _log.exception("inference failed on %d instances; running them one by one", len(chunk))
-                parts.extend(self._one_by_one(chunk, start, results.failed))
-        if len(parts) == 1:
-            results.outputs = parts[0]
-        elif parts:
-            results.outputs = {name: np.concatenate([part[name] for part in parts]) for name in self.spec.outputs}
-        return results
+                parts += [self._alone(chunk[row : row + 1], start + row) for row in range(len(chunk))]
+        if len(parts) == 2:
+            return parts[1]
+        return {name: np.concatenate([part[name] for part in parts]) for name in self.spec.outputs}
 
-    def postprocess(self, batch: Batch, results: Results, context: Any) -> list[bytes]:
+    def postprocess(self, batch: Batch, outputs: dict[str, NDArray[Any]], context: Any) -> list[bytes]:
         """Bodies, statuses and headers."""
         k = max((request.payload.top_k for request in batch.requests if request.payload), default=0)
-        sheet = Sheet.of(results.outputs, self.spec, k)
-        return [self._reply(index, request, results, sheet, context) for index, request in enumerate(batch.requests)]
+        sheet = Sheet.of(outputs, self.spec, k)
+        return [self._reply(index, request, sheet, context) for index, request in enumerate(batch.requests)]
 
     def describe(self) -> dict[str, Any]:
         """What exactly is serving: the answer to `GET /models/<name>/<version>?customized=true`."""
@@ -203,21 +193,17 @@ class BatchHandler:
                 raise error.at(index) from None
         return decoded
 
-    def _one_by_one(self, chunk: NDArray[Any], start: int, failed: set[int]) -> list[dict[str, NDArray[Any]]]:
-        parts = []
-        for offset in range(len(chunk)):
-            try:
-                parts.append(self.runtime.run(chunk[offset : offset + 1]))
-            except Exception:
-                _log.exception("the model fails on row %d of the batch", start + offset)
-                failed.add(start + offset)
-                parts.append({name: np.full((1, width), np.nan, np.float32) for name, width in self.widths.items()})
-        return parts
+    def _alone(self, row: NDArray[Any], index: int) -> dict[str, NDArray[Any]]:
+        try:
+            return self.runtime.run(row)
+        except Exception:
+            _log.exception("the model fails on row %d of the batch", index)
+            return {name: np.full((1, width), np.nan, np.float32) for name, width in self.widths.items()}
 
-    def _reply(self, index: int, request: Request, results: Results, sheet: Sheet, context: Any) -> bytes:
+    def _reply(self, index: int, request: Request, sheet: Sheet, context: Any) -> bytes:
         error: BadRequest | None = None
         try:
-            body = self._body(self._answer(request, results, sheet), None, index, request, context)
+            body = self._body(self._answer(request, sheet), None, index, request, context)
         except BadRequest as refused:
             error = refused
         except Exception:
@@ -236,15 +222,12 @@ class BatchHandler:
             context.set_response_header(index, "ts_stream_next", "false")
         return body
 
-    def _answer(self, request: Request, results: Results, sheet: Sheet) -> Any:
+    def _answer(self, request: Request, sheet: Sheet) -> Any:
         if request.error is not None:
             raise request.error
         if request.payload is None:
             return self.describe()
-        rows = request.rows
-        if results.failed and not results.failed.isdisjoint(range(rows.start, rows.stop)):
-            raise BadRequest(500, "the model failed on this input; the server's log says why")
-        return answers.answer(request.payload, sheet, rows, self.spec, model=self.model, version=self.version)
+        return answers.answer(request.payload, sheet, request.rows, self.spec, model=self.model, version=self.version)
 
     def _body(self, value: Any, error: BadRequest | None, index: int, request: Request, context: Any) -> bytes:
         """gRPC answers have neither headers nor statuses: a caller who sets `meta` gets them in the body."""

@@ -316,7 +316,7 @@ WRONG = [
     _json("kserve-v1-not-a-list", 400, {"instances": {"b64": b64(PNG)}}),
     _json("kserve-v1-second-is-bad", 415, {"instances": [{"b64": b64(PNG)}, {"b64": b64(b"no")}]}),
     _json("kserve-v1-too-many", 413, {"instances": [[[0]]] * 300}),
-    _json("kserve-v2-two-inputs", 400, {"inputs": [{}, {}]}),
+    _json("kserve-v2-two-inputs", 400, {"inputs": _v2([1], "BYTES", [b64(PNG)])["inputs"] * 2}),
     _json("kserve-v2-wrong-length", 422, _v2([1, 1, 16, 16], "UINT8", list(range(255)))),
     _json("kserve-v2-overflow", 422, _v2([1, 1, 16, 16], "UINT8", [300] * 256)),
     _json("kserve-v2-unknown-type", 400, _v2([1], "STRING", ["a"])),
@@ -353,6 +353,7 @@ ROWS = [
     _json("rows-second-is-short", 422, [ROW, ROW[:9]], model="diabetes"),
     _raw("row-npy-lone-number", 422, npy(5.0), model="diabetes"),
     _raw("row-npy-nan", 422, npy([float("nan")] * 10), model="diabetes"),
+    _json("row-kserve-v2-too-large-for-fp16", 422, _v2([10], "FP16", [1e10] * 10), model="diabetes"),
     _json("row-kserve-v2-images", 422, _v2([1, 9], "FP32", ROW[:9]), model="diabetes"),
 ]  # fmt: skip
 

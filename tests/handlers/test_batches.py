@@ -229,6 +229,15 @@ def test_a_whole_chunk_that_fails_leaves_the_next_chunk_alone(digits: Any) -> No
     assert [answer.status for answer in answers] == [500] * 64 + [200]
 
 
+def test_a_culprit_in_the_second_chunk_is_still_the_only_one(digits: Any) -> None:
+    handler, context = digits
+    handler.runtime = Picky(handler.runtime)
+    bodies = [png(0)] * 66
+    bodies[65] = WHITE
+    statuses = [answer.status for answer in context.ask(handler, [Sent({"body": body}, HTTP) for body in bodies])]
+    assert statuses == [200] * 65 + [500]
+
+
 def test_an_answer_that_is_not_finite_is_our_fault_and_its_own(diabetes: Any) -> None:
     handler, context = diabetes
 
@@ -243,6 +252,7 @@ def test_an_answer_that_is_not_finite_is_our_fault_and_its_own(diabetes: Any) ->
     good, bad = context.ask(handler, [Sent({"body": [1.0] * 10}, HTTP), Sent({"body": [1000.0] * 10}, HTTP)])
     assert (good.status, bad.status) == (200, 500)
     assert good.json == {"progression": 1.0}
+    assert "no finite answer" in bad.json["reason"]
 
 
 def test_large_batches_run_in_chunks_and_stay_in_order(digits: Any) -> None:

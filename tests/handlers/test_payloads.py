@@ -140,6 +140,7 @@ def test_headers_are_told_from_content_types_of_fields() -> None:
     assert not Headers.read({"data": {"content-type": ""}, "ts_request_sequence_id": "a"}).http
     assert Headers.read({"data": {"content-type": ""}, "host": "x"}).http
     assert Headers.read({"describe": "True"}) == Headers(describe=True)
+    assert Headers.read({"describe": "False", "explain": "False"}) == Headers()
     assert Headers.read({"Explain": "True"}).explain
     assert Headers.read({"CONTENT-type": "Application/X-WWW-form-urlencoded; charset=utf-8"}).form_encoded
     assert not Headers.read({"describe": {"content-type": "True"}}).describe
