@@ -2,7 +2,7 @@
 
     cats/1.png  dogs/2.png                              split for the user
     train/cats/1.png  test/cats/9.png                   as it is; validation/ too, where there is one
-    mine/train/cats/1.png  …                            one folder around it all is looked through
+    mine/train/cats/1.png  …                            folders around it all are looked through
 
 A zip is read where it is, never extracted. Names may hold spaces and any script; they are kept in Unicode's composed
 form (NFC), since systems differ in how they store them.
@@ -111,16 +111,13 @@ def _learnable(where: Path, tree: _Tree, entries: list[_Entry], classes: tuple[s
 
 
 def _unwrapped(tree: _Tree) -> _Tree:
-    """Without the one folder around it all, if there is one and what is in it is not yet pictures."""
-    tops = {steps[0] for steps in (*tree.files, *tree.empty)}
+    """Without the folders around it all: as long as every picture is in one, and not directly."""
     deep = [steps for steps in tree.files if len(steps) > 1]
-    if len({steps[0] for steps in deep}) != 1 or not all(len(steps) > 2 for steps in deep):
+    tops = {steps[0] for steps in (*deep, *tree.empty)}
+    if len(tops) != 1 or next(iter(tops)).lower() in PARTS or not all(len(steps) > 2 for steps in deep):
         return tree
-    top = deep[0][0]
-    if top.lower() in PARTS or any(steps[0] != top for steps in tree.empty) or len(tops - {top}) > len(tree.files):
-        return tree
-    inside = {steps[1:]: opener for steps, opener in tree.files.items() if steps[0] == top and len(steps) > 1}
-    return _Tree(tree.where, inside, tuple(steps[1:] for steps in tree.empty if len(steps) > 1))
+    inside = {steps[1:]: tree.files[steps] for steps in deep}
+    return _unwrapped(_Tree(tree.where, inside, tuple(steps[1:] for steps in tree.empty if len(steps) > 1)))
 
 
 def _folder(where: Path) -> _Tree:

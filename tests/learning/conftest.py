@@ -110,6 +110,12 @@ def diabetes(cache: Path) -> Dataset:
 
 
 @pytest.fixture
+def plain_reports(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No plots: drawing them takes longer than training a tiny net."""
+    monkeypatch.setattr("marwright.learning.reporting.page", lambda *_: "<!doctype html>")
+
+
+@pytest.fixture
 def real() -> Callable[[str], Path]:
     """`real("cifar10.zip")`: a file of the real sets, from MARWRIGHT_TEST_DATA or ../shared/data; skipped if absent."""
 

@@ -35,10 +35,11 @@ def test_a_folder_and_its_zip_are_the_same_data(folder: Path, tmp_path: Path) ->
     assert one.raw(5).data == two.raw(5).data
 
 
-def test_a_folder_around_it_all_changes_nothing(folder: Path, tmp_path: Path) -> None:
+def test_folders_around_it_all_change_nothing(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "outer" / "inner").mkdir(parents=True)
     folder.rename(tmp_path / "outer" / "inner" / "set")
-    found = folders.find(tmp_path / "outer" / "inner")
+    (tmp_path / "outer" / "README").write_text("hello", encoding="utf-8")
+    found = folders.find(tmp_path / "outer")
     assert found.classes == ("a", "b", "c")
     assert found.digest == folders.find(tmp_path / "outer" / "inner" / "set").digest
 

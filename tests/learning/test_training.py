@@ -23,6 +23,8 @@ from marwright.learning.recipe import Recipe
 from marwright.runs import Run
 from tests.learning.conftest import RECIPES, tiny, zipped
 
+pytestmark = pytest.mark.usefixtures("plain_reports")
+
 BUSY: dict[str, Any] = {
     "training__epochs": 4,
     "training__optimiser": {"name": "sgd", "lr": 0.02, "momentum": 0.9, "nesterov": True},
@@ -58,7 +60,7 @@ def digits_run(digits: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Run
 
 @pytest.fixture(scope="module")
 def linear_run(diabetes: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    chosen = recipe.load("diabetes-linear", recipes_dir=RECIPES)
+    chosen = recipe.load("diabetes-linear", recipes_dir=RECIPES, overrides={"epochs": 100})
     return training.train(chosen, diabetes, tmp_path_factory.mktemp("runs"), progress=False)
 
 

@@ -14,6 +14,8 @@ from marwright.learning.dataset import Dataset
 from marwright.learning.recipe import Recipe
 from tests.learning.conftest import tiny
 
+pytestmark = pytest.mark.usefixtures("plain_reports")
+
 NAME = "torchvision:mobilenet_v3_small"
 
 
