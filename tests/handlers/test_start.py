@@ -157,11 +157,22 @@ def test_an_artifact_that_is_rubbish_is_refused(
     assert name in refusal(start, root, caplog)
 
 
-def test_weights_cannot_carry_code(start: Any, copied: Any, caplog: pytest.LogCaptureFixture) -> None:
+class Bomb:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.path),)
+
+
+def test_weights_cannot_carry_code(start: Any, copied: Any, caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
     root = copied()
-    torch.save({"bomb": Path("/tmp")}, root / "weights.pt")
+    torch.save({"bomb": Bomb(tmp_path / "crater")}, root / "weights.pt")
     archives.seal(root)
     assert "weights.pt does not fit" in refusal(start, root, caplog)
+    assert not (tmp_path / "crater").exists()
 
 
 def test_a_model_that_answers_nan_is_not_served(start: Any, copied: Any, caplog: pytest.LogCaptureFixture) -> None:
