@@ -26,7 +26,8 @@ def spec(model: str, format: str = "", artifact: str = "", limits: Limits | None
     common = {"format": format, "artifact": artifact, "run": "0123456789ab", "data_digest": "d" * 16}
     if model == "digits":
         return ModelSpec(
-            task="classification", net="small_cnn", net_args={"channels": 1, "height": 16, "width": 16, "classes": 10, "dropout": 0.5},
+            task="classification", net="small_cnn",
+            net_args={"channels": 1, "height": 16, "width": 16, "classes": 10, "dropout": 0.5},
             input=ImageInput(1, 16, 16), classes=LABELS, outputs=("probabilities", "embedding"),
             metrics={"accuracy": 0.5}, limits=limits or Limits(), **common,
         )  # fmt: skip
