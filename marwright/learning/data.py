@@ -30,7 +30,7 @@ def load(recipe: Recipe, *, path: Path | None = None, cache: Path = CACHE, progr
 
     `DataError` says what is wrong with the examples, all of a kind at once.
     """
-    found = find(recipe, path=path, cache=cache)
+    found = find(recipe, path=path, cache=cache, progress=progress)
     image = recipe.data.image()
     if image is None:
         rows = np.asarray(found.rows, dtype=np.float32)
@@ -45,7 +45,7 @@ def load(recipe: Recipe, *, path: Path | None = None, cache: Path = CACHE, progr
     return _dataset(recipe, found, image, inputs, unreadable=frozenset(store.unreadable), streamed=streamed)
 
 
-def find(recipe: Recipe, *, path: Path | None = None, cache: Path = CACHE) -> Examples:
+def find(recipe: Recipe, *, path: Path | None = None, cache: Path = CACHE, progress: bool = False) -> Examples:
     """The recipe's examples, listed and hashed, not decoded."""
     source = recipe.data.source
     where = path if path is not None else Path(recipe.data.path) if recipe.data.path else None
@@ -56,7 +56,7 @@ def find(recipe: Recipe, *, path: Path | None = None, cache: Path = CACHE) -> Ex
     if where is not None:
         from marwright.learning import folders
 
-        return folders.find(where.expanduser())
+        return folders.find(where.expanduser(), progress=progress)
     if source == "folder":
         raise DataError(
             f"recipe {recipe.name} needs examples of yours",

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from rich.progress import track
+
 from marwright.errors import DataError
 from marwright.learning.examples import Body, Examples
 
@@ -30,6 +32,7 @@ PARTS = {
 }  # fmt: skip
 LAYOUT = "<class>/<file>, or train/<class>/<file> and test/<class>/<file>"
 CHUNK = 2**20
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 _NOISE = {"__MACOSX", "Thumbs.db", "desktop.ini"}
 
 Steps = tuple[str, ...]
@@ -53,7 +56,7 @@ class _Entry:
     open: Callable[[], IO[bytes]]
 
 
-def find(where: Path) -> Examples:
+def find(where: Path, *, progress: bool = False) -> Examples:
     """The pictures of a folder or zip, listed and hashed; `DataError` for what cannot be learned from."""
     tree = _folder(where) if where.is_dir() else _zip(where)
     if not tree.files:
@@ -71,7 +74,7 @@ def find(where: Path) -> Examples:
     if not used:
         raise DataError(f"{where} holds no class folders with pictures", hint=f"wanted: {LAYOUT}")
     entries = []
-    for steps in used:
+    for steps in track(used, "reading", disable=not progress, transient=True):
         part = PARTS[steps[0].lower()] if parted else ""
         digest = _digest(tree, steps)
         entries.append(_Entry(part, steps[depth - 2], "/".join(steps), digest, tree.files[steps]))
@@ -208,7 +211,8 @@ def _digest(tree: _Tree, steps: Steps) -> str:
 
 def _body(entry: _Entry) -> Body:
     with entry.open() as stream:
-        return Body(stream.read(), Path(entry.name).suffix.lower())
+        suffix = Path(entry.name).suffix.lower()
+        return Body(stream.read(), suffix if suffix in SUFFIXES else ".bin")
 
 
 def _opener(path: Path) -> Callable[[], IO[bytes]]:

@@ -68,6 +68,8 @@ def _curves(curves: list[dict[str, float]], best: int) -> Any:
     other.plot(epochs, [row[metric] for row in curves], color=report.ACCENT, marker=marker)
     other.axvline(best, color=report.INK, linewidth=0.8, linestyle=":")
     other.set(xlabel="epoch", ylabel=metric.replace("_", " "))
+    for one in (losses, other):
+        one.xaxis.get_major_locator().set_params(integer=True)
     return figure
 
 

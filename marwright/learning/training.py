@@ -60,6 +60,8 @@ def train(
     checkpoint = run.path / CHECKPOINT
     if not resume and run.path.exists():
         shutil.rmtree(run.path)
+    for part in run.path.glob(".*.part"):  # of a training that was killed while it wrote
+        part.unlink(missing_ok=True)
     started = time.perf_counter()
     about = provenance.about(recipe, dataset, run=run.id) | {"started": datetime.now(UTC).isoformat(timespec="seconds")}
     files.write_json(run.path / "run.json", about)

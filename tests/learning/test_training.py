@@ -124,8 +124,11 @@ def test_a_run_killed_within_an_epoch_resumes_alike(
         patch.setattr(training.Trainer, "_loss", interrupted)
         with pytest.raises(KeyboardInterrupt):
             training.train(tiny(**BUSY), tiny_set, tmp_path / "cut", progress=False)
+    killed = tmp_path / "cut" / whole.id / ".checkpoint.pt.x.part"
+    killed.write_bytes(b"half")
     cut = training.train(tiny(**BUSY), tiny_set, tmp_path / "cut", resume=True, progress=False)
     assert cut.about["resumed_after_epoch"] == 2
+    assert not left_over(cut.path)
     assert cut.weights.read_bytes() == whole.weights.read_bytes()
 
 
