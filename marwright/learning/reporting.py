@@ -54,6 +54,8 @@ def page(
 
 
 def _curves(curves: list[dict[str, float]], best: int) -> Any:
+    from matplotlib.ticker import MaxNLocator
+
     figure, (losses, other) = report.axes(9.0, 3.2, columns=2)
     epochs = [row["epoch"] for row in curves]
     metric = next(name for name in curves[0] if name.startswith("validation_") and name != "validation_loss")
@@ -69,7 +71,7 @@ def _curves(curves: list[dict[str, float]], best: int) -> Any:
     other.axvline(best, color=report.INK, linewidth=0.8, linestyle=":")
     other.set(xlabel="epoch", ylabel=metric.replace("_", " "))
     for one in (losses, other):
-        one.xaxis.get_major_locator().set_params(integer=True)
+        one.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
 
 
