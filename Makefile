@@ -50,7 +50,7 @@ token: $(STAMP) ## print a valid inference token (KIND=management for the other)
 	@$(BIN)/marwright token $(KIND)
 
 train: $(STAMP) ## train a recipe: make train RECIPE=cifar10 DATA=cifar10.zip
-	@$(BIN)/marwright train $(recipe_options) $(if $(RESUME),--resume)
+	@$(BIN)/marwright train $(recipe_options) $(if $(RESTART),--no-resume)
 
 export: $(STAMP) ## export a run as an artifact
 	@$(BIN)/marwright export $(recipe_options) $(format_option)

@@ -67,8 +67,8 @@ class RecipeChoice(Places):
 class TrainSettings(RecipeChoice):
     """Train a recipe. A run that is there already is not trained again."""
 
-    resume: bool = False
-    """Go on from the last whole epoch of an interrupted run."""
+    resume: bool = True
+    """Go on from the last whole epoch of an interrupted run, to the same result; or begin again."""
 
 
 @dataclass(frozen=True, kw_only=True)

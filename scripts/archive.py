@@ -33,14 +33,7 @@ def main(settings: ArchiveSettings) -> int:
 def archived(settings: ArchiveSettings) -> tuple[ArchiveRecord, bool, Standing]:
     """The archive of the recipe's run, whether it is new, and what that means for the version that answers."""
     chosen, run, artifact = export.exported(settings)
-    record, built = archive.write(
-        run,
-        artifact,
-        model=chosen.name,
-        serving=chosen.serving.model_dump(),
-        store=settings.store,
-        version=settings.version,
-    )
+    record, built = archive.write(run, artifact, chosen, settings.store, version=settings.version)
     running = Server(settings.serving, home=settings.home).find() is not None
     with journal.open(settings.store) as book:
         new = not any(entry.version == record.version for entry in book.entries(record.model, event="archived"))

@@ -23,7 +23,7 @@ def main(settings: TrainSettings) -> int:
     return 0
 
 
-def trained(settings: RecipeChoice, *, resume: bool = False) -> tuple[Recipe, Run]:
+def trained(settings: RecipeChoice, *, resume: bool = True) -> tuple[Recipe, Run]:
     """The recipe with its options, and its finished run: the one that is there, or a new one."""
     chosen = recipe.load(settings.recipe, recipes_dir=settings.recipes, overrides=settings.overrides())
     examples = data.load(chosen, path=settings.data, cache=settings.runs / "cache", progress=not settings.json)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from marwright.learning import data, recipe, training
+from marwright.learning.recipe import Recipe
 from marwright.packing import archive, exporting, golden
 from marwright.packing.golden import Golden
 from marwright.packing.records import ArchiveRecord
@@ -40,12 +41,7 @@ def train(name: str, folder: Path, **overrides: object) -> Run:
 
 def build(run: Run, store: Path, format: str = "onnx", version: str | None = None, **serving: object) -> Built:
     """An archive of a run; `serving` overrides the recipe's serving section."""
-    record, _ = archive.write(
-        run,
-        exporting.export(run, format),
-        model=run.about["recipe"],
-        serving=run.recipe["serving"] | serving,
-        store=store,
-        version=version,
-    )
+    chosen = Recipe.model_validate(run.recipe)
+    chosen = chosen.model_copy(update={"serving": chosen.serving.model_copy(update=serving)})
+    record, _ = archive.write(run, exporting.export(run, format), chosen, store, version=version)
     return Built(run, record, store)

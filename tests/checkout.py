@@ -124,6 +124,8 @@ def _environment(folder: Path) -> None:
             python = str(ours / "python").encode()
             target.write_bytes(b"#!/bin/sh\n'''exec' \"" + python + b'" "$0" "$@"\n\' \'\'\'\n' + rest)
             target.chmod(0o755)
+        elif not command.name.startswith("python"):
+            target.symlink_to(command.resolve())
 
 
 def _path_without(commands: tuple[str, ...], tools: Path) -> str:

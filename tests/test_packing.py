@@ -14,12 +14,14 @@ import numpy as np
 import onnx
 import pytest
 import torch
+import yaml
 
 from handlers import runtime
 from handlers.nets import serving_graph
 from marwright import files, runs
 from marwright.errors import ArchiveError, ArchiveExists, ArchiveInvalid, ExportError, ParityError
 from marwright.learning import graphs
+from marwright.learning.recipe import Recipe
 from marwright.packing import archive, container, exporting, golden, records, replay
 from marwright.runs import Run
 from tests import archives
@@ -154,13 +156,8 @@ def test_the_manifest_is_the_stock_archivers(digits: Built, tmp_path: Path) -> N
 
 
 def test_the_same_content_is_no_new_version(digits: Built) -> None:
-    record, built = archive.write(
-        digits.run,
-        exporting.export(digits.run, "onnx"),
-        model="digits",
-        serving=digits.run.recipe["serving"],
-        store=digits.store,
-    )
+    recipe = Recipe.model_validate(digits.run.recipe)
+    record, built = archive.write(digits.run, exporting.export(digits.run, "onnx"), recipe, digits.store)
     assert (record, built) == (digits.record, False)
 
 
@@ -172,6 +169,23 @@ def test_versions_count_up_and_ten_comes_after_nine(run: Run, tmp_path: Path) ->
     assert archives.build(run, store, workers=4).record.version == "1.10"
     assert archives.build(run, store, workers=5).record.version == "1.11"
     assert [record.version for record in records.records(store)] == ["1.0", "1.1", "1.9", "1.10", "1.11"]
+
+
+def test_the_recipes_serving_section_is_read_at_packing(run: Run, tmp_path: Path) -> None:
+    built = archives.build(run, tmp_path / "store", top_k=2, batch_size=3, max_batch_delay=7)
+    unpacked = tmp_path / "unpacked"
+    container.unpack(built.path, unpacked)
+    assert json.loads((unpacked / "spec.json").read_text())["top_k"] == 2
+    assert yaml.safe_load((unpacked / "model-config.yaml").read_text()) == {
+        "minWorkers": 1,
+        "maxWorkers": 1,
+        "batchSize": 3,
+        "maxBatchDelay": 7,
+        "responseTimeout": 30,
+        "startupTimeout": 120,
+        "handler": {"threads": 1},
+    }
+    assert built.record.run == run.id
 
 
 def test_an_archive_is_never_overwritten(digits: Built, run: Run, tmp_path: Path) -> None:

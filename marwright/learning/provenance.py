@@ -33,8 +33,10 @@ def run_id(recipe: Recipe, dataset: Dataset) -> str:
 
 
 def recipe_digest(recipe: Recipe) -> str:
-    """sha256 of every key that can change the result; a local weights file counts by its content."""
+    """sha256 of every key that can change the weights; a local weights file counts by its content."""
     document = recipe.to_dict()
+    document.pop("serving")
+    document.pop("description")
     document["data"].pop("path")
     document["data"].pop("memory_limit")
     weights = recipe.net.weights

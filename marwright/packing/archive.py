@@ -1,6 +1,6 @@
 """A `.mar`: what is in it, writing it so that the same input gives the same bytes, and proof that it loads.
 
-    record, built = archive.write(run, artifact, recipe_name, serving, store)
+    record, built = archive.write(run, artifact, recipe, store)
     records.record(store, "digits", "1.0") == record
 
 An archive is written under a temporary name, unpacked into an empty folder, loaded by a clean process that answers its
@@ -12,9 +12,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import filelock
 import yaml
@@ -25,6 +24,8 @@ import handlers
 from handlers.spec import ModelSpec
 from marwright import files
 from marwright.errors import ArchiveExists
+from marwright.learning.recipe import Recipe
+from marwright.learning.tables import Serving
 from marwright.packing import container, golden, records, replay
 from marwright.packing.container import Content
 from marwright.packing.exporting import Artifact
@@ -37,15 +38,17 @@ HANDLERS = {"classification": "handlers.image_classifier", "regression": "handle
 
 
 def write(
-    run: Run, artifact: Artifact, *, model: str, serving: Mapping[str, Any], store: Path, version: str | None = None
+    run: Run, artifact: Artifact, recipe: Recipe, store: Path, *, version: str | None = None
 ) -> tuple[ArchiveRecord, bool]:
     """Build the next version, or `version`; (record, True), or (the same content's record, False).
 
-    `serving` holds workers, batch_size, max_batch_delay (ms), response_timeout, startup_timeout (s), threads.
+    The recipe names the model and says how it is served: its `[serving]` may change without another training.
     Raises ArchiveExists where `version` is taken by something else, ArchiveInvalid where it does not load.
     """
+    model = recipe.name
     records.check_name(model)
-    body = members(run, artifact, model=model, serving=serving)
+    artifact = replace(artifact, spec=replace(artifact.spec, top_k=recipe.serving.top_k, limits=recipe.limits))
+    body = members(run, artifact, recipe.serving)
     content = _content_digest(_digests(body))
     store.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(store / ".archive.lock"):  # two builds at a time must not choose one number
@@ -72,7 +75,7 @@ def write(
                 content=content,
                 run=run.id,
                 format=artifact.spec.format,
-                workers=int(serving["workers"]),
+                workers=recipe.serving.workers,
                 metrics=dict(artifact.spec.metrics),
             )
         files.write_json(store / records.record_name(file), asdict(record))
@@ -89,7 +92,7 @@ def _free_number(store: Path, model: str, version: str | None) -> str:
     return number
 
 
-def members(run: Run, artifact: Artifact, *, model: str, serving: Mapping[str, Any]) -> dict[str, Content]:
+def members(run: Run, artifact: Artifact, serving: Serving) -> dict[str, Content]:
     """Everything but MAR-INF, by its path in the archive."""
     package = Path(str(handlers.__file__)).parent
     found: dict[str, Content] = {f"handlers/{path.name}": path for path in sorted(package.glob("*.py"))}
@@ -100,16 +103,16 @@ def members(run: Run, artifact: Artifact, *, model: str, serving: Mapping[str, A
     return found
 
 
-def model_config(serving: Mapping[str, Any]) -> bytes:
+def model_config(serving: Serving) -> bytes:
     """TorchServe's own settings of a model; being in the archive, a rollback restores them too."""
     document = {
-        "minWorkers": serving["workers"],
-        "maxWorkers": serving["workers"],
-        "batchSize": serving["batch_size"],
-        "maxBatchDelay": serving["max_batch_delay"],
-        "responseTimeout": serving["response_timeout"],
-        "startupTimeout": serving["startup_timeout"],
-        "handler": {"threads": serving["threads"]},
+        "minWorkers": serving.workers,
+        "maxWorkers": serving.workers,
+        "batchSize": serving.batch_size,
+        "maxBatchDelay": serving.max_batch_delay,
+        "responseTimeout": serving.response_timeout,
+        "startupTimeout": serving.startup_timeout,
+        "handler": {"threads": serving.threads},
     }
     return yaml.safe_dump(document, sort_keys=False).encode()
 

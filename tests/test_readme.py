@@ -1,0 +1,98 @@
+"""The README's commands, typed as they stand there, in a fresh checkout without Java and compilers; and its links."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from scripts.__main__ import VERBS, main
+from tests import checkout
+from tests.checkout import Project
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+# What differs from what is typed, and why.
+INSTEAD = {
+    "make test": "make test PYTEST_ARGS='-q tests/test_imports.py'",  # this is running in the whole suite already
+    "make serve RECIPE=images DATA=pictures.zip": "make serve RECIPE=images DATA=pictures.zip EPOCHS=2",
+}
+
+
+def commands() -> list[str]:
+    """Every line of every sh block, without its comment."""
+    blocks = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+    lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line]
+
+
+def test_the_readme_begins_with_its_two_commands() -> None:
+    assert commands()[:2] == ["make serve", "make test"]
+
+
+@pytest.mark.server
+def test_every_command_of_the_readme_works() -> None:
+    with checkout.fresh() as project:
+        _pictures(project)
+        port = re.search(
+            r"^inference_address=.*:(\d+)$", (project.root / "config.properties").read_text(), re.MULTILINE
+        )
+        assert port
+        said = {}
+        for line in commands():
+            typed = INSTEAD.get(line, line).replace(":8080/", f":{port[1]}/")
+            if typed.startswith("source "):
+                continue  # every line is run after it
+            said[line] = project.shell(typed, activated=not typed.startswith("make ")).stdout
+        assert "16 of 16" in said["make serve"]
+        assert "accuracy 0.9" in said["make serve"]
+        assert "TorchServe is running" in said["make serve"]
+        assert "passed" in said["make test"]
+        assert "over REST" in said["make predict IMAGE=cat.png"]
+        assert "1.1 answers now (was 1.0, still loaded)" in said["make rollout"]
+        assert "1.0 answers now (was 1.1)" in said["make release VERSION=1.0"]
+        assert "images" in said["make serve RECIPE=images DATA=pictures.zip"]
+
+
+def test_make_help_lists_every_target_of_the_readme() -> None:
+    said = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True, timeout=30).stdout
+    listed = set(re.findall(r"^  make (\w+) ", said, re.MULTILINE))
+    declared = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert declared
+    assert listed == set(declared[1].split())
+    assert set(re.findall(r"make ([a-z]+)", " ".join(commands()))) <= listed
+
+
+def test_every_verb_has_a_file_and_help(capsys: pytest.CaptureFixture[str]) -> None:
+    for verb in VERBS:
+        assert main([verb, "--help"]) == 0
+        assert f"marwright {verb}" in capsys.readouterr().out
+    assert main([]) == 2
+    assert main(["no-such-verb"]) == 2
+    assert main(["train", "--no-such-option"]) == 2
+
+
+def test_links_lead_somewhere() -> None:
+    for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), ROOT / "benchmarks" / "README.md"]:
+        for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def _pictures(project: Project) -> None:
+    """cat.png, and pictures.zip with three kinds of stripes, forty of each."""
+    noise = np.random.default_rng(7)
+    Image.fromarray(noise.integers(0, 256, (40, 30, 3), np.uint8)).save(project.root / "cat.png")
+    folder = project.root / "pictures"
+    rows, columns = np.mgrid[0:64, 0:64]
+    for name, stripes in {"across": rows, "down": columns, "slanting": rows + columns}.items():
+        (folder / name).mkdir(parents=True)
+        for number in range(40):
+            values = (stripes + number) // 8 % 2 * 180 + noise.integers(0, 60, (64, 64))
+            Image.fromarray(values.astype(np.uint8)).convert("RGB").save(folder / name / f"{number:02}.png")
+    shutil.make_archive(str(project.root / "pictures"), "zip", folder)
