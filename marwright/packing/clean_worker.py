@@ -1,8 +1,8 @@
-"""What `replay` runs in its clean process: a stand-in for a TorchServe worker, standard library only.
+"""What `replay` runs in its clean process: a stand-in for a TorchServe worker.
 
     python -P clean_worker.py FOLDER        # prints the golden examples' answers as one JSON list
 
-`Context` and `Request` have the attributes of TorchServe's own that a handler may use. Nothing of Marwright but the
+`Context` has what a handler may use of TorchServe's own. Nothing of Marwright but the
 archive's `handlers` is imported.
 """
 
@@ -15,14 +15,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 
 class Context:
     """One load and one batch, like `ts.context.Context`: what a handler reads of requests and says of answers."""
 
-    def __init__(self, folder: Path, headers: list[dict[str, Any]] | None = None, config: Any = None) -> None:
+    def __init__(self, folder: Path) -> None:
         self.manifest = json.loads((folder / "MAR-INF" / "MANIFEST.json").read_text(encoding="utf-8"))
         self.model_name = self.manifest["model"]["modelName"]
-        self.model_yaml_config = config or {}
+        self.model_yaml_config = yaml.safe_load((folder / self.manifest["model"]["configFile"]).read_text("utf-8"))
         self.system_properties = {
             "model_dir": str(folder),
             "gpu_id": None,
@@ -33,7 +35,7 @@ class Context:
         }
         self.metrics = None
         self.stopping_criteria = None
-        self.take(headers or [])
+        self.take([])
 
     def take(self, headers: list[dict[str, Any]]) -> None:
         """A new batch with these request headers."""
