@@ -71,8 +71,9 @@ test: $(STAMP) ## ruff, mypy and the whole test suite, the real server included
 lint: $(STAMP) ## ruff and mypy alone
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
-bench: $(STAMP) ## train every recipe three times and print what it reaches (minutes to hours)
-	@$(BIN)/python -m benchmarks.training
+bench: $(STAMP) ## train recipes three times and print what they reach: make bench RECIPES=cifar10 DATA=cifar10.zip
+	@$(BIN)/python benchmarks/training.py run $(or $(RECIPES),digits diabetes-mlp diabetes-linear) $(if $(DATA),--data '$(DATA)')
+	@$(BIN)/python benchmarks/training.py show
 
 clean: ## remove caches; never model_store/, runs/ or the journal
 	@rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info

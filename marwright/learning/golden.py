@@ -1,7 +1,8 @@
-"""Real examples of the test part that travel with a model, for those who check it later.
+"""Real examples that travel with a model, for those who check it later.
 
-`examples.npz` holds inputs as the artifact takes them (up to 1000) and labels; `golden/` holds request bodies as a
-client would send them (at least 16, every class where there are up to 16), listed in `golden.json`:
+`examples.npz` holds inputs as the artifact takes them and their labels: up to 1000, from all over the test part.
+`golden/` holds request bodies as a client would send them: at least 16, every class where there are up to 16, of the
+test part as far as it goes; listed in `golden.json`:
 
     [{"file": "00.png", "kind": "image", "label": "7"}, …]      or {"file": "00.json", "kind": "json", "value": 151.0}
 """
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 
 from marwright import files
-from marwright.learning.dataset import Dataset
+from marwright.learning.dataset import Dataset, Part
 
 EXAMPLES = 1000
 GOLDEN = 16
@@ -25,19 +26,19 @@ GOLDEN = 16
 def write(dataset: Dataset, folder: Path) -> None:
     """Both, into a run folder. Same data, same bytes."""
     test = dataset.test
-    inputs, targets = test.take(torch.arange(min(EXAMPLES, len(test))))
+    inputs, targets = test.take(torch.linspace(0, len(test) - 1, min(EXAMPLES, len(test))).round().long())
     stream = io.BytesIO()
     np.savez(stream, inputs=inputs.numpy(), labels=targets.numpy())
     with files.replacing(folder / "examples.npz") as temporary:
         temporary.write_bytes(stream.getvalue())
 
     listed: list[dict[str, Any]] = []
-    for number, position in enumerate(chosen(dataset)):
-        body = dataset.raw(int(test.rows[position]))
+    for number, (part, position) in enumerate(chosen(dataset)):
+        body = dataset.raw(int(part.rows[position]))
         name = f"{number:02d}{body.suffix}"
         with files.replacing(folder / "golden" / name) as temporary:
             temporary.write_bytes(body.data)
-        target = test.targets[position]
+        target = part.targets[position]
         if dataset.classes:
             listed.append({"file": name, "kind": "image", "label": dataset.classes[int(target)]})
         else:
@@ -45,12 +46,25 @@ def write(dataset: Dataset, folder: Path) -> None:
     files.write_json(folder / "golden" / "golden.json", listed)
 
 
-def chosen(dataset: Dataset) -> list[int]:
-    """Positions in the test part: class by class in turn, until there are 16 and, of up to 16 classes, each."""
-    if not dataset.classes:
-        return list(range(min(GOLDEN, len(dataset.test))))
-    queues: list[list[int]] = [[] for _ in dataset.classes]
-    for position, label in enumerate(dataset.test.targets.tolist()):
+def chosen(dataset: Dataset) -> list[tuple[Part, int]]:
+    """Positions in a part: class by class in turn, until there are 16 and, of up to 16 classes, each.
+
+    A test part that is too small is helped out by the validation part, and that by the training part: a golden example
+    says what the artifact answers, not how good that is.
+    """
+    found: list[tuple[Part, int]] = []
+    for part in (dataset.test, dataset.validation, dataset.train):
+        found += [(part, position) for position in _in_turn(part, len(dataset.classes))]
+        if len(found) >= GOLDEN:
+            break
+    return found[:GOLDEN]
+
+
+def _in_turn(part: Part, classes: int) -> list[int]:
+    """The first positions of a part, one of each class after another."""
+    if not classes:
+        return list(range(min(GOLDEN, len(part))))
+    queues: list[list[int]] = [[] for _ in range(classes)]
+    for position, label in enumerate(part.targets.tolist()):
         queues[label].append(position)
-    turns = [queue[turn] for turn in range(GOLDEN) for queue in queues if turn < len(queue)]
-    return turns[:GOLDEN]
+    return [queue[turn] for turn in range(GOLDEN) for queue in queues if turn < len(queue)]

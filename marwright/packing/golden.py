@@ -40,7 +40,7 @@ class Golden:
 
 
 def members(run: Run, spec: ModelSpec) -> dict[str, bytes]:
-    """The run's golden bodies and their answers by the eager net, by path in the archive."""
+    """The run's golden bodies and the eager net's answers, by path in the archive. ArchiveError: too few of them."""
     import torch  # not at the top: whoever only replays needs no torch
 
     from marwright.learning import graphs
@@ -48,7 +48,10 @@ def members(run: Run, spec: ModelSpec) -> dict[str, bytes]:
     folder = run.file("golden", made_by="train")
     entries: list[dict[str, Any]] = files.read_json(folder / "golden.json")
     if len(entries) < LEAST:
-        raise ArchiveError(f"run {run.id} has {len(entries)} golden examples, an archive wants {LEAST}")
+        raise ArchiveError(
+            f"run {run.id} has {len(entries)} golden examples, an archive wants {LEAST}",
+            hint="train on more examples",
+        )
     bodies = {entry["file"]: (folder / entry["file"]).read_bytes() for entry in entries}
     inputs = np.stack([decode(bodies[entry["file"]], spec) for entry in entries])
     with torch.inference_mode():

@@ -263,9 +263,19 @@ def test_golden_examples_are_real_bodies_of_every_class(digits_run: Run, digits:
 def test_golden_examples_of_files_are_the_files(folder: Path, tiny_set: Dataset, tmp_path: Path) -> None:
     run = training.train(tiny(training__epochs=1), tiny_set, tmp_path, progress=False)
     listed = json.loads((run.path / "golden" / "golden.json").read_text("utf-8"))
-    assert len(listed) == 12  # all there are in the test part
-    originals = {path.read_bytes() for path in (folder / "test").rglob("*.png")}
-    assert {(run.path / "golden" / one["file"]).read_bytes() for one in listed} == originals
+    bodies = [(run.path / "golden" / one["file"]).read_bytes() for one in listed]
+    assert len(set(bodies)) == len(bodies) == 16
+    of_test = {path.read_bytes() for path in (folder / "test").rglob("*.png")}
+    assert set(bodies[:12]) == of_test, "the test part goes first, all twelve of it"
+    assert set(bodies[12:]) <= {path.read_bytes() for path in (folder / "train").rglob("*.png")}
+
+
+def test_examples_come_from_all_over_the_test_part(tmp_path: Path, tiny_set: Dataset, monkeypatch: Any) -> None:
+    monkeypatch.setattr("marwright.learning.golden.EXAMPLES", 6)
+    run = training.train(tiny(training__epochs=1), tiny_set, tmp_path, progress=False)
+    labels = np.load(run.path / "examples.npz")["labels"]
+    assert len(labels) == 6
+    assert set(labels.tolist()) == {0, 1, 2}, "files are sorted by class; the first six are of one"
 
 
 def test_a_linear_regressor_finds_least_squares(linear_run: Run, diabetes: Dataset) -> None:
