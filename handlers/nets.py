@@ -11,6 +11,7 @@ so nobody retypes a mean.
 
 from __future__ import annotations
 
+import abc
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,19 +20,19 @@ import torch
 from torch import Tensor, nn
 
 
-class Net(nn.Module):
+class Net(nn.Module, abc.ABC):
     """`forward = head ∘ embed`. Inputs are float and already normalised; `head` gives logits (N×K) or values (N×1)."""
 
     has_embedding = True
     """False where `embed` is the identity and says nothing that the input does not."""
 
+    @abc.abstractmethod
     def embed(self, x: Tensor) -> Tensor:
         """N×… → N×D."""
-        raise NotImplementedError(f"{type(self).__name__} lacks embed()")
 
+    @abc.abstractmethod
     def head(self, embedding: Tensor) -> Tensor:
         """N×D → N×K."""
-        raise NotImplementedError(f"{type(self).__name__} lacks head()")
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.embed(x))
