@@ -28,7 +28,8 @@ HANDLERS = Path(handlers.__file__).parent
 
 def run_id(recipe: Recipe, dataset: Dataset) -> str:
     """`<recipe>-<12 hex digits>` of the resolved recipe, the data and the code. Where the data lies does not matter."""
-    digests = [recipe_digest(recipe), dataset.digest, code_digest()]
+    # What was skipped follows from the serving limits too, which are not in the recipe's digest.
+    digests = [recipe_digest(recipe), dataset.digest, code_digest(), *dataset.split.get("skipped", ())]
     return f"{recipe.name}-{hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:12]}"
 
 

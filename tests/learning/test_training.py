@@ -21,7 +21,7 @@ from marwright.learning import data, evaluation, provenance, recipe, training
 from marwright.learning.dataset import Dataset
 from marwright.learning.recipe import Recipe
 from marwright.runs import Run
-from tests.learning.conftest import RECIPES, tiny, zipped
+from tests.learning.conftest import RECIPES, picture, tiny, zipped
 
 pytestmark = pytest.mark.usefixtures("plain_reports")
 
@@ -186,6 +186,15 @@ def test_a_run_is_named_by_recipe_data_and_code(
     assert provenance.run_id(tiny(), data.load(tiny(), path=folder, cache=cache, progress=False)) != name
     monkeypatch.setattr(provenance, "code_digest", lambda: "other")
     assert provenance.run_id(tiny(), tiny_set) != name
+
+
+def test_other_skipped_files_make_another_run(folder: Path, cache: Path) -> None:
+    (folder / "train" / "a" / "big.png").write_bytes(picture(3, size=(40, 40)))
+    names = []
+    for pixels in (1000, 10_000):
+        chosen = tiny(data__on_unreadable="skip", serving__limits__max_pixels=pixels)
+        names.append(provenance.run_id(chosen, data.load(chosen, path=folder, cache=cache, progress=False)))
+    assert names[0] != names[1]
 
 
 def test_streaming_from_disk_trains_the_same_weights(folder: Path, tmp_path: Path, cache: Path) -> None:
