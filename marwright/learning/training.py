@@ -20,6 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import filelock
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
@@ -57,6 +58,20 @@ def train(
     run = Run(run_dir_root / provenance.run_id(recipe, dataset))
     if run.finished:
         return run
+    run_dir_root.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(run_dir_root / f".{run.id}.lock"):  # a second training of the same waits, and finds it done
+        return run if run.finished else _train(run, recipe, dataset, resume=resume, progress=progress, watch=watch)
+
+
+def _train(
+    run: Run,
+    recipe: Recipe,
+    dataset: Dataset,
+    *,
+    resume: bool,
+    progress: bool,
+    watch: Callable[[Row], None] | None,
+) -> Run:
     checkpoint = run.path / CHECKPOINT
     if not resume and run.path.exists():
         shutil.rmtree(run.path)
