@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import filelock
 import numpy as np
 import pytest
 import torch
@@ -355,3 +357,19 @@ def test_the_progress_bar_is_shown_on_request(
     assert capsys.readouterr().out == ""
     training.train(tiny(), tiny_set, tmp_path / "b", progress=True)
     assert "training tiny" in capsys.readouterr().out
+
+
+def test_a_second_training_of_the_same_waits_for_the_first(tiny_set: Dataset, tmp_path: Path) -> None:
+    chosen = tiny(training__epochs=1)
+    name = provenance.run_id(chosen, tiny_set)
+    found: list[Run] = []
+    second = threading.Thread(
+        target=lambda: found.append(training.train(chosen, tiny_set, tmp_path, progress=False)), daemon=True
+    )
+    with filelock.FileLock(tmp_path / f".{name}.lock"):
+        second.start()
+        second.join(timeout=1.0)
+        assert second.is_alive(), "it did not wait"
+        assert not (tmp_path / name).exists()
+    second.join(timeout=60)
+    assert found[0].finished
