@@ -22,6 +22,7 @@ from typing import Any
 
 import filelock
 import torch
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 from torch.nn import functional
@@ -261,7 +262,8 @@ def _bar(recipe: Recipe, *, enabled: bool) -> Iterator[Callable[[list[Row]], Non
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
         TextColumn("{task.fields[scores]}"),
     )  # fmt: skip
-    with Progress(*columns, disable=not enabled) as bar:
+    console = Console()
+    with Progress(*columns, console=console, disable=not (enabled and console.is_terminal)) as bar:
         task = bar.add_task(f"training {recipe.name}", total=recipe.training.epochs, scores="")
 
         def advance(curves: list[Row]) -> None:
@@ -269,5 +271,7 @@ def _bar(recipe: Recipe, *, enabled: bool) -> Iterator[Callable[[list[Row]], Non
             shown = {name: value for name, value in last.items() if name not in ("epoch", "lr", "seconds")}
             scores = "  ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in shown.items())
             bar.update(task, completed=len(curves), scores=scores)
+            if enabled and last and not bar.console.is_terminal:  # a log gets a line for each epoch, not a moving bar
+                bar.console.print(f"epoch {len(curves)} of {recipe.training.epochs}  {scores}", soft_wrap=True)
 
         yield advance
