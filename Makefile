@@ -9,7 +9,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 RECIPE ?= digits
-MODEL ?= $(RECIPE)
+MODEL ?= $(basename $(notdir $(RECIPE)))
 
 # Options that a target passes on when they are given: make archive RECIPE=cifar10 DATA=cifar10.zip EPOCHS=5
 recipe_options = --recipe '$(RECIPE)' $(if $(DATA),--data '$(DATA)') $(if $(EPOCHS),--epochs $(EPOCHS)) $(if $(SEED),--seed $(SEED))

@@ -17,6 +17,7 @@ from typing import Any
 import tyro
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from marwright.errors import MarwrightError, RolledBack, SettingsError
 
@@ -44,7 +45,7 @@ def print_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     for title in titles:
         table.add_column(title, no_wrap=True)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))  # a label may hold what rich would take for markup
     Console(width=1000).print(table)
 
 

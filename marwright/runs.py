@@ -70,7 +70,11 @@ class Run:
         return self.path / "export" / format
 
     def json(self, name: str, *, made_by: str) -> dict[str, Any]:
-        document: dict[str, Any] = json.loads(self.file(name, made_by=made_by).read_text(encoding="utf-8"))
+        path = self.file(name, made_by=made_by)
+        try:
+            document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise RunError(f"{path} is damaged: {error}", hint="delete the run's folder and train again") from None
         return document
 
     def file(self, name: str, *, made_by: str) -> Path:

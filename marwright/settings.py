@@ -80,6 +80,10 @@ class ExportSettings(RecipeChoice):
     run: Path | None = None
     """A finished run folder, instead of the recipe's."""
 
+    def overrides(self) -> dict[str, object]:
+        chosen = {} if self.format is None else {"format": self.format}
+        return {**super().overrides(), **chosen}
+
 
 @dataclass(frozen=True, kw_only=True)
 class ArchiveSettings(ExportSettings):

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from marwright import cli
+from marwright.errors import SettingsError
 from marwright.release import serving
 from marwright.settings import Places
 
@@ -46,8 +47,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     module = importlib.import_module(f"scripts.{verb}")
 
     def call(settings: Places) -> int:
-        # Whatever else a command does, what TorchServe will read at its next start is right after it.
-        serving.refresh(settings.config, settings.store)
+        if verb != "stop":  # which must work with a broken configuration, too
+            if not settings.config.is_file():
+                raise SettingsError(
+                    f"there is no {settings.config} here", hint="run it in the checkout, or name it: --config PATH"
+                )
+            # Whatever else a command does, what TorchServe will read at its next start is right after it.
+            serving.refresh(settings.config, settings.store)
         done: int = module.main(settings)
         return done
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 
-from marwright.packing import archive
+from marwright.packing import archive, records
 from marwright.packing.records import ArchiveRecord
 from marwright.release import journal, serving
 from marwright.release.journal import Standing
@@ -32,11 +32,16 @@ def main(settings: ArchiveSettings) -> int:
 
 def archived(settings: ArchiveSettings) -> tuple[ArchiveRecord, bool, Standing]:
     """The archive of the recipe's run, whether it is new, and what that means for the version that answers."""
+    if settings.version is not None:
+        records.check_version(settings.version)  # before anything is trained for it
     chosen, run, artifact = export.exported(settings)
-    record, built = archive.write(run, artifact, chosen, settings.store, version=settings.version)
-    running = Server(settings.serving, home=settings.home).find() is not None
     with journal.open(settings.store) as book:
-        new = not any(entry.version == record.version for entry in book.entries(record.model, event="archived"))
+        used = {entry.version for entry in book.entries(chosen.name, event="archived")}
+    record, built = archive.write(run, artifact, chosen, settings.store, version=settings.version, used=used)
+    server = Server(settings.serving, home=settings.home)
+    with server.lock(settings.store / ".start.lock"), journal.open(settings.store) as book:
+        known = book.entries(record.model, event="archived")
+        new = not any((entry.version, entry.detail["sha256"]) == (record.version, record.sha256) for entry in known)
         if new:
             book.add(record.model, record.version, "archived", run=record.run, sha256=record.sha256)
         released = book.released(record.model)
@@ -44,7 +49,7 @@ def archived(settings: ArchiveSettings) -> tuple[ArchiveRecord, bool, Standing]:
             record.version,
             new=new,
             released=released,
-            running=running,
+            running=server.find() is not None,
             proven=book.has_proven_rollout(record.model),
         )
         if standing.releases:

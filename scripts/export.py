@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 from marwright import runs
+from marwright.errors import SettingsError
 from marwright.learning.recipe import Recipe
 from marwright.packing import exporting
 from marwright.packing.exporting import Artifact
@@ -31,8 +32,13 @@ def main(settings: ExportSettings) -> int:
 def exported(settings: ExportSettings) -> tuple[Recipe, Run, Artifact]:
     """The recipe, its run and the artifact in the wanted format; trains where there is no run yet."""
     if settings.run is not None:
+        if settings.data is not None or settings.overrides().keys() - {"format"}:
+            raise SettingsError(
+                f"{settings.run} is trained already: --data, --epochs, --seed, --batch-size, --lr change nothing",
+                hint="leave them out, or leave --run out",
+            )
         run = runs.open_run(settings.run)
-        chosen = Recipe.model_validate(run.recipe)
+        chosen = Recipe.from_dict(run.recipe, origin=f"run {run.id}")
     else:
         chosen, run = train.trained(settings)
     return chosen, run, exporting.export(run, settings.format or chosen.serving.format)

@@ -20,10 +20,10 @@ def main(settings: PredictSettings) -> int:
     with live.client(settings) as client:
         model = settings.model or _only_model(client)
         if settings.grpc:
-            fields = {"data": body} | ({"top_k": str(settings.top_k).encode()} if settings.top_k else {})
+            fields = {"data": body} | ({"top_k": str(settings.top_k).encode()} if settings.top_k is not None else {})
             answer = client.predict_grpc(model, fields, version=settings.version)
         else:
-            headers = {"X-Top-K": str(settings.top_k)} if settings.top_k else {}
+            headers = {"X-Top-K": str(settings.top_k)} if settings.top_k is not None else {}
             kind = "application/json" if settings.input.suffix == ".json" else "application/octet-stream"
             answer = client.predict(model, body, version=settings.version, headers=headers, content_type=kind)
     value = answer.json()
@@ -49,5 +49,8 @@ def _only_model(client: Client) -> str:
     models = sorted(client.models())
     if len(models) != 1:
         there = ", ".join(models) or "none"
-        raise SettingsError(f"the server serves {len(models)} models: {there}", hint="name one: --model NAME")
+        raise SettingsError(
+            f"the server serves {len(models)} models: {there}",
+            hint="name one: --model NAME, or make predict MODEL=NAME",
+        )
     return models[0]

@@ -16,9 +16,10 @@ SETTINGS = ReleaseSettings
 def main(settings: ReleaseSettings) -> int:
     record = records.record(settings.store, settings.model, settings.version)
     records.check_whole(record, settings.store)
-    with journal.open(settings.store) as book:
+    server = Server(settings.serving, home=settings.home)
+    with server.lock(settings.store / ".start.lock"), journal.open(settings.store) as book:
         was = book.released(record.model)
-        running = Server(settings.serving, home=settings.home).find() is not None
+        running = server.find() is not None
         if running:
             with live.client(settings) as client:
                 rollout.load(client, record, seconds=settings.timeout)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable
-from pathlib import Path
 
 from marwright import cli
 from marwright.packing import golden, records
@@ -27,9 +26,9 @@ def main(settings: ServeSettings) -> int:
     _say(settings, f"built {record.file}" if built else f"unchanged: {record.file}")
     if standing.sentence:
         _say(settings, standing.sentence)
-    released = _released(settings)
     server = Server(settings.serving, home=settings.home)
     with server.lock(settings.store / ".start.lock", progress=lambda line: _say(settings, line)):
+        released = _released(settings)
         running = server.find() is not None
         for each in released:
             records.check_whole(each, settings.store)
@@ -39,7 +38,7 @@ def main(settings: ServeSettings) -> int:
         server.bring_up(expected, timeout=settings.timeout, progress=lambda line: _say(settings, line))
     with live.client(settings) as client:
         proofs = [proof.prove(client, each, _golden(settings, each), pinned=False) for each in released]
-    _show(settings, released, proofs, running=running)
+    _show(settings, record, released, proofs, running=running)
     return 0
 
 
@@ -63,7 +62,14 @@ def _golden(places: Places, record: ArchiveRecord) -> tuple[golden.Golden, ...]:
     return golden.read(places.store / record.file)
 
 
-def _show(settings: ServeSettings, released: Iterable[ArchiveRecord], proofs: list[Proof], *, running: bool) -> None:
+def _show(
+    settings: ServeSettings,
+    served: ArchiveRecord,
+    released: Iterable[ArchiveRecord],
+    proofs: list[Proof],
+    *,
+    running: bool,
+) -> None:
     if settings.json:
         print(json.dumps({"running": running, "models": [each.__dict__ for each in proofs]}))
         return
@@ -75,19 +81,12 @@ def _show(settings: ServeSettings, released: Iterable[ArchiveRecord], proofs: li
         took = f"{seen.seconds * 1000:.1f} ms"
         rows.append((seen.model, seen.version, scores, answer, took, right, seen.bundle))
     cli.print_table(("model", "version", "test", "a real answer", "in", "golden", "bundle"), rows)
-    example = _example(settings.runs)
-    model = proofs[0].model
+    example = next(iter(sorted((settings.runs / served.run / "golden").glob("00.*"))), "cat.png")
     print(f"\nTorchServe {'was running already' if running else 'is running'}. Next:")
-    print(f"  make predict IMAGE={example} MODEL={model}          # GRPC=1 for gRPC")
+    print(f"  make predict IMAGE={example} MODEL={served.model}          # GRPC=1 for gRPC")
     print("  make status                                # what is built, released, answering")
     print("  make archive RECIPE=mnist DATA=mnist.zip   # another recipe, your own data")
     print("  make stop")
-
-
-def _example(runs: Path) -> str:
-    """A picture to try, from a run's golden examples."""
-    found = sorted(runs.glob("*/golden/00.*"), key=lambda path: path.stat().st_mtime)
-    return str(found[-1]) if found else "cat.png"
 
 
 def _say(settings: ServeSettings, line: str) -> None:

@@ -47,7 +47,9 @@ def main(settings: StatusSettings) -> int:
             trouble = str(error)
     rows = table(settings, serving, server if running else None)
     if settings.json:
-        print(json.dumps({"running": running is not None, "versions": [row.__dict__ for row in rows]}))
+        attention = [row.trouble for row in rows if row.trouble] + ([trouble] if trouble else [])
+        versions = [row.__dict__ for row in rows]
+        print(json.dumps({"running": running is not None, "versions": versions, "attention": attention}))
         return 0
     show(rows)
     print(f"TorchServe: {f'running, pid {running.pid}' if running else 'not running (make serve starts it)'}")
@@ -66,7 +68,11 @@ def table(places: Places, serving: dict[tuple[str, str], ModelStatus], server: S
         chosen = release is not None and release.version == record.version
         status = serving.get((record.model, record.version))
         trouble = ""
-        if status is not None and status.default and not chosen:
+        if chosen and not (places.store / record.file).is_file():
+            trouble = (
+                f"{record.file} is released and missing from {places.store}: put it back, or make release VERSION=…"
+            )
+        elif status is not None and status.default and not chosen:
             trouble = (
                 f"{record.model} {record.version} answers, the journal says {release.version if release else 'none'}"
             )
@@ -81,6 +87,13 @@ def table(places: Places, serving: dict[tuple[str, str], ModelStatus], server: S
         answers = f"{'answers' if status.default else 'loaded'}, {status.ready_workers} ready" if status else ""
         scores = ", ".join(f"{name} {value:.4g}" for name, value in record.metrics.items())
         rows.append(Row(record.model, record.version, record.size, scores, word, answers, trouble))
+    built = {(record.model, record.version) for record in records.records(places.store)}
+    for model, release in released.items():
+        if (model, release.version) not in built:
+            trouble = (
+                f"{model} {release.version} is released and its record is missing from {places.store}: put it back"
+            )
+            rows.append(Row(model, release.version, 0, "", "proven" if release.proven else "unproven", "", trouble))
     return rows
 
 

@@ -74,3 +74,8 @@ def test_a_table_is_never_cut(capsys: pytest.CaptureFixture[str], monkeypatch: p
     monkeypatch.setenv("COLUMNS", "20")
     cli.print_table(("model", "digest"), [("digits", "0123456789abcdef" * 3)])
     assert "0123456789abcdef" * 3 in capsys.readouterr().out
+
+
+def test_labels_are_not_taken_for_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.print_table(("answer",), [("[red] cat",), ("[/foo]",)])
+    assert capsys.readouterr().out.split("\n")[1:3] == ["[red] cat", "[/foo]   "]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -155,10 +156,15 @@ def test_serve_after_a_crash_cleans_up_and_answers_the_released_version(project:
     psutil.wait_procs([process, *workers], timeout=20)
     leaked = list((project.temp / "models").iterdir())
     assert leaked
-    assert (project.root / "key_file.json").exists()
-    project.make("serve", QUICK, "SEED=2")
+    keys = (project.root / "key_file.json").read_text()
+    assert int((project.temp / ".model_server.pid").read_text()) == process.pid
+    said = project.make("serve", QUICK, "SEED=2").stdout
+    record = json.loads((project.store / "digits-1.2.json").read_text())
+    assert record["bundle"] in said
     assert answering(project) == "1.2"
     assert not any(folder.exists() for folder in leaked)
+    assert (project.root / "key_file.json").read_text() != keys
+    assert jvm(project).pid != process.pid
 
 
 def test_serve_refuses_a_released_archive_that_was_changed(project: Project) -> None:
@@ -170,6 +176,35 @@ def test_serve_refuses_a_released_archive_that_was_changed(project: Project) -> 
     assert done.returncode != 0
     assert "is not the file that was built" in done.stdout
     path.write_bytes(whole)
+
+
+def test_serve_names_who_holds_a_port(project: Project) -> None:
+    config = (project.root / "config.properties").read_text()
+    port = next(line.rsplit(":", 1)[1] for line in config.splitlines() if line.startswith("management_address"))
+    with socket.create_server(("127.0.0.1", int(port))):
+        done = project.make("serve", QUICK, "SEED=2", check=False)
+    assert done.returncode != 0
+    assert f"management_address {port} is held by process {os.getpid()}" in done.stdout
+
+
+def test_a_start_that_fails_ends_in_seconds_with_the_workers_own_words(project: Project) -> None:
+    began = time.monotonic()
+    line = "MARWRIGHT_THREADS=many marwright serve --epochs 2 --seed 2"
+    done = project.shell(line, check=False)
+    assert done.returncode == 1
+    assert "a worker of digits 1.2 cannot start" in done.stdout
+    assert "MARWRIGHT_THREADS" in done.stdout
+    assert "model_log.log" in done.stdout
+    assert time.monotonic() - began < 120, "TorchServe itself tries for 300 s"
+    assert "not running" in project.make("stop").stdout, "nothing half-started is left"
+
+
+def test_stop_works_with_a_broken_configuration(project: Project) -> None:
+    config = project.root / "config.properties"
+    text = config.read_text()
+    config.write_text("inference_address=nonsense\n")
+    assert "not running" in project.make("stop").stdout
+    config.write_text(text)
 
 
 def test_rollout_proves_a_version_before_it_answers(project: Project) -> None:

@@ -97,6 +97,10 @@ def test_serving_properties_follow_the_journal_and_the_configuration(tmp_path: P
     config, store = tmp_path / "config.properties", tmp_path / "store"
     torchserve.write_config(config, {})
     assert not serving.refresh(config, store), "nothing was released, nothing is served"
+    store.mkdir()
+    (store / "serving.properties").write_text("load_models=digits-9.9.mar\n")
+    assert serving.refresh(config, store), "left by a store whose journal is gone"
+    assert "load_models" not in (store / "serving.properties").read_text()
     with journal.open(store) as book:
         book.release("digits", "1.0", proven=False, why="test")
         book.release("digits", "1.10", proven=False, why="test")

@@ -192,7 +192,7 @@ def test_an_archive_is_never_overwritten(digits: Built, run: Run, tmp_path: Path
     store = tmp_path / "store"
     first = archives.build(run, store)
     before = first.path.read_bytes()
-    with pytest.raises(ArchiveExists, match=r"digits-1\.0\.mar is there already"):
+    with pytest.raises(ArchiveExists, match=r"digits 1\.0 was built already"):
         archives.build(run, store, version="1.0", workers=2)
     (store / "digits-1.1.mar").write_bytes(b"its record was lost")
     assert archives.build(run, store, workers=2).record.version == "1.2"
@@ -207,16 +207,30 @@ def test_an_archive_that_was_lost_is_built_again_with_the_same_bytes(run: Run, t
     assert files.sha256(again.path) == first.record.sha256
 
 
-@pytest.mark.parametrize("version", ["all", "1", "1.0-beta", "v1.0", "1..0", "../1.0", "1.0\n"])
+@pytest.mark.parametrize("version", ["all", "1", "1.0-beta", "1.0.0", "01.0", "v1.0", "1..0", "../1.0", "1.0\n"])
 def test_versions_that_torchserve_would_misread_are_refused(version: str, run: Run, tmp_path: Path) -> None:
     with pytest.raises(ArchiveError, match="not a version"):
         archives.build(run, tmp_path / "store", version=version)
 
 
-@pytest.mark.parametrize("name", ["tokens", "Token-ring", "a b", "-a", "../a", "ü", ""])
-def test_names_that_torchserve_would_misread_are_refused(name: str) -> None:
-    with pytest.raises(ArchiveError, match="cannot be a model's name"):
-        records.check_name(name)
+def test_a_number_that_was_given_away_is_not_given_again(run: Run, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    recipe = Recipe.model_validate(run.recipe)
+    artifact = exporting.export(run, "onnx")
+    record, _ = archive.write(run, artifact, recipe, store, used={"1.0", "1.4"})
+    assert record.version == "1.5"
+    with pytest.raises(ArchiveExists, match=r"1\.4 was built already"):
+        archive.write(run, artifact, recipe, store, version="1.4", used={"1.4"})
+
+
+@pytest.mark.parametrize(
+    "change", [{"version": "one"}, {"file": "other-1.0.mar"}, {"model": "../x"}, {"size": None, "more": 1}]
+)
+def test_a_record_that_is_none_is_told(change: dict[str, object], digits: Built, tmp_path: Path) -> None:
+    document = files.read_json(digits.store / "digits-1.0.json")
+    files.write_json(tmp_path / "digits-1.0.json", document | change)
+    with pytest.raises(ArchiveError, match=r"digits-1\.0\.json is not the record"):
+        records.records(tmp_path)
 
 
 def test_an_archive_that_does_not_load_gets_no_name(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import requests
 
-from marwright.errors import IdentityMismatch, NotReady, RolledBack, ServerRefused
+from marwright.errors import IdentityMismatch, NotReady, RolledBack, ServerRefused, ServerUnreachable
 from marwright.packing import archive, container, golden, records
 from marwright.release import journal, proof, rollout
 from marwright.release.client import Client
@@ -259,3 +259,30 @@ def test_a_challenger_with_wrong_answers_is_rolled_back(
         rollout.roll_out(client, challenger, wrong, book=book, seconds=60, progress=str)
     assert sorted(rollout.versions(client, "digits")) == ["1.0", "1.1"]
     assert rollout.default_version(client, "digits") == "1.0"
+
+
+def test_a_rollout_whose_server_is_gone_is_in_the_journal_all_the_same(
+    home: torchserve.Home, digits: Built, tmp_path: Path
+) -> None:
+    class Gone(Client):
+        """The server dies at the moment of registering."""
+
+        def register(self, *args: Any, **options: Any) -> str:
+            raise ServerUnreachable("nobody answers")
+
+        def unregister(self, *args: Any, **options: Any) -> str:
+            raise ServerUnreachable("nobody answers")
+
+        def models(self) -> dict[str, str]:
+            if self.dead:
+                raise ServerUnreachable("nobody answers")
+            self.dead = True
+            return {"digits": "digits-1.0.mar"}
+
+        dead = False
+
+    challenger = replace(digits.record, version="3.0", file="digits-3.0.mar")
+    with home.client() as real, Gone(home.config, real._tokens) as client, journal.open(tmp_path) as book:
+        with pytest.raises(RolledBack, match="the server could not be told"):
+            rollout.roll_out(client, challenger, digits.golden, book=book, seconds=5, progress=str)
+        assert book.entries("digits")[-1].event == "rolled back"

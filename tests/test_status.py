@@ -42,6 +42,13 @@ def test_status_has_the_causes_of_what_is_wrong(
             time.sleep(0.2)
         assert status.main(settings) == 0
         said = capsys.readouterr().out
+        with journal.open(store) as book:
+            book.release("lost", "1.0", proven=False, why="test")
+        (store / broken.file).rename(store / "elsewhere")
+        assert status.main(settings) == 0
+        told = capsys.readouterr().out
+        assert "attention: lost 1.0 is released and its record is missing" in told
+        assert "attention: broken-1.0.mar is released and missing" in told
         assert "attention: digits 1.0 answers, the journal says 1.1" in said
         assert "attention: digits 1.1 is released, the server has not loaded it" in said
         assert "broken 1.0 has 0 of 1 workers ready: " in said

@@ -22,7 +22,7 @@ from marwright.learning.examples import PARTS, Examples
 from marwright.learning.recipe import Recipe
 from marwright.learning.tables import BUILT_IN
 
-CACHE = Path("data")
+CACHE = Path("runs") / "cache"
 
 
 def load(recipe: Recipe, *, path: Path | None = None, cache: Path = CACHE, progress: bool = True) -> Dataset:

@@ -36,7 +36,7 @@ ALIASES = {
 }
 """Short names of overrides; any other key of a recipe can be given with its dots (`"serving.workers": 2`)."""
 
-_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_\-.]*$")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_\-.]*")
 
 
 class Recipe(Table):
@@ -174,7 +174,7 @@ def _contradictions(recipe: Recipe) -> list[str]:
     from marwright.learning import graphs
 
     problems = []
-    if not _NAME.match(recipe.name) or recipe.name.lower().startswith("token"):
+    if not _NAME.fullmatch(recipe.name) or recipe.name.lower().startswith("token"):
         problems.append(
             f"name is {recipe.name!r}; allowed: letters, digits, '_', '-' and '.', a letter or digit first, "
             "and not starting with 'token' (TorchServe's own paths)"

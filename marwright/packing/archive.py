@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from model_archiver.manifest_components.model import Model
 import handlers
 from handlers.spec import ModelSpec
 from marwright import files
-from marwright.errors import ArchiveExists
+from marwright.errors import ArchiveExists, ArchiveInvalid
 from marwright.learning.recipe import Recipe
 from marwright.learning.tables import Serving
 from marwright.packing import container, golden, records, replay
@@ -38,15 +38,21 @@ HANDLERS = {"classification": "handlers.image_classifier", "regression": "handle
 
 
 def write(
-    run: Run, artifact: Artifact, recipe: Recipe, store: Path, *, version: str | None = None
+    run: Run,
+    artifact: Artifact,
+    recipe: Recipe,
+    store: Path,
+    *,
+    version: str | None = None,
+    used: Collection[str] = (),
 ) -> tuple[ArchiveRecord, bool]:
     """Build the next version, or `version`; (record, True), or (the same content's record, False).
 
-    The recipe names the model and says how it is served: its `[serving]` may change without another training.
+    The recipe names the model and says how it is served: its `[serving]` may change without another training. `used` are
+    version numbers that were given away before, whether their files are still there or not.
     Raises ArchiveExists where `version` is taken by something else, ArchiveInvalid where it does not load.
     """
     model = recipe.name
-    records.check_name(model)
     artifact = replace(artifact, spec=replace(artifact.spec, top_k=recipe.serving.top_k, limits=recipe.limits))
     body = members(run, artifact, recipe.serving)
     content = _content_digest(_digests(body))
@@ -57,7 +63,7 @@ def write(
         if same and (store / same[-1].file).is_file():
             return same[-1], False
         # Where only the file was lost, the same content makes the same bytes again.
-        number = same[-1].version if same else _free_number(store, model, version)
+        number = same[-1].version if same else _free_number(store, model, version, used)
         body[MANIFEST] = _manifest(model, number, artifact.spec)
         digests = (json.dumps(_digests(body), indent=2, sort_keys=True) + "\n").encode()
         body[DIGESTS] = digests
@@ -78,16 +84,22 @@ def write(
                 workers=recipe.serving.workers,
                 metrics=dict(artifact.spec.metrics),
             )
+            if same and record.sha256 != same[-1].sha256:
+                raise ArchiveInvalid(
+                    f"{file} was lost and cannot be built again",
+                    [f"its sha256 would be {record.sha256[:12]}…, the record says {same[-1].sha256[:12]}…"],
+                    hint="remove its record for good; `make archive` then builds the next version",
+                )
         files.write_json(store / records.record_name(file), asdict(record))
     return record, True
 
 
-def _free_number(store: Path, model: str, version: str | None) -> str:
-    taken = records.taken(store, model)
+def _free_number(store: Path, model: str, version: str | None, used: Collection[str]) -> str:
+    taken = records.taken(store, model) | set(used)
     number = records.check_version(version) if version else records.next_version(taken)
     if number in taken:
         raise ArchiveExists(
-            f"{model}-{number}.mar is there already, with other content", hint="leave --version out for the next one"
+            f"{model} {number} was built already, with other content", hint="leave --version out for the next one"
         )
     return number
 

@@ -14,6 +14,7 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,8 @@ def export(run: Run, format: str) -> Artifact:
     if format not in EXPORTERS:
         raise ExportError(f"no format {format!r}", hint=f"there are: {', '.join(sorted(EXPORTERS))}")
     folder = run.export(format)
-    if (folder / "export.json").is_file():
+    made_by = _maker()
+    if (folder / "export.json").is_file() and files.read_json(folder / "export.json").get("made_by") == made_by:
         return _read(folder)
     graph = graphs.load(run).eval()
     inputs = np.load(run.file("examples.npz", made_by="train"))["inputs"]
@@ -71,13 +73,19 @@ def export(run: Run, format: str) -> Artifact:
         spec = run.spec.exported(format, name)
         files.write_text(temporary / "spec.json", spec.to_json())
         parity = check_parity(graph, spec, temporary, inputs)
-        files.write_json(temporary / "export.json", {"format": format, "parity": asdict(parity)})
+        files.write_json(temporary / "export.json", {"format": format, "parity": asdict(parity), "made_by": made_by})
         temporary.chmod(0o755)
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return _read(folder)
+
+
+def _maker() -> dict[str, str]:
+    """What an artifact depends on beside its run: this file, and the packages that write and run it."""
+    packages = ("torch", "onnx", "onnxscript", "onnxruntime")
+    return {name: metadata.version(name) for name in packages} | {"code": files.sha256(Path(__file__))}
 
 
 def _read(folder: Path) -> Artifact:
@@ -126,7 +134,7 @@ def _parity_error(spec: ModelSpec, difference: float, worst: int, what: str) -> 
         difference=difference,
         allowed=TOLERANCE,
         worst=worst,
-        hint="`marwright archive --format eager` serves the net as it is",
+        hint="the format eager serves the net as it is: --format eager, or make archive FORMAT=eager",
     )
 
 

@@ -16,8 +16,7 @@ from packaging.version import Version
 from marwright import files
 from marwright.errors import ArchiveError
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_\-.]*")
-_VERSION = re.compile(r"\d+(\.\d+)+")
+_VERSION = re.compile(r"(0|[1-9]\d*)\.(0|[1-9]\d*)")
 
 
 @dataclass(frozen=True)
@@ -45,8 +44,14 @@ def records(store: Path, model: str | None = None) -> list[ArchiveRecord]:
     found = []
     for path in store.glob("*.json") if store.is_dir() else ():
         try:
-            found.append(ArchiveRecord(**files.read_json(path)))
-        except (TypeError, ValueError):
+            record = ArchiveRecord(**files.read_json(path))
+            if (
+                record_name(record.file) != path.name
+                or f"{record.model}-{check_version(record.version)}.mar" != record.file
+            ):
+                raise ValueError(record.file)
+            found.append(record)
+        except (TypeError, ValueError, ArchiveError):
             raise ArchiveError(
                 f"{path} is not the record of an archive",
                 hint="move it out of the store; records are made by `archive`",
@@ -94,19 +99,10 @@ def next_version(taken: Collection[str]) -> str:
 
 
 def check_version(version: str) -> str:
-    """Numbers with dots, so that 1.10 comes after 1.9; TorchServe reserves `all`."""
+    """Two numbers and a dot, so that 1.10 comes after 1.9 and nothing equals 1.0 but 1.0; TorchServe reserves `all`."""
     if not _VERSION.fullmatch(version):
-        raise ArchiveError(f"{version!r} is not a version", hint="numbers with dots: --version 2.0")
+        raise ArchiveError(f"{version!r} is not a version", hint="two numbers and a dot: --version 2.0")
     return version
-
-
-def check_name(model: str) -> None:
-    """Letters, digits, `_-.`; and no name that TorchServe would take for a token call (fact 9)."""
-    if not _NAME.fullmatch(model) or model.lower().startswith("token"):
-        raise ArchiveError(
-            f"{model!r} cannot be a model's name",
-            hint="letters, digits, '_', '-' and '.', and it must not start with 'token': change `name` in the recipe",
-        )
 
 
 def record_name(file: str) -> str:

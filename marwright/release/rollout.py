@@ -10,6 +10,7 @@ challenger is unregistered: `RolledBack` says why.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 
@@ -54,12 +55,16 @@ def roll_out(
         seen = proof.prove(client, challenger, examples, pinned=False)
     except (MarwrightError, KeyboardInterrupt) as error:
         reason = str(error) or "interrupted"
-        _roll_back(client, challenger, champion)
         book.add(challenger.model, challenger.version, "rolled back", reason=reason, champion=champion)
+        still = f"{champion} answers" if champion else "no version answers"
+        try:
+            _roll_back(client, challenger, champion)
+        except MarwrightError as trouble:
+            still = f"the server could not be told ({trouble.message}); its next start answers {champion}"
         if isinstance(error, KeyboardInterrupt):
             raise
-        still = f"{champion} answers" if champion else "no version answers"
-        raise RolledBack(f"{challenger.model} {challenger.version} was rolled back, {still}", reason=reason) from error
+        name = f"{challenger.model} {challenger.version}"
+        raise RolledBack(f"{name} was rolled back, {still}", reason=reason, hint="make status") from error
     book.release(challenger.model, challenger.version, proven=True, why="rollout: golden examples over REST and gRPC")
     return seen
 
@@ -68,7 +73,12 @@ def load(client: Client, record: ArchiveRecord, *, seconds: float) -> None:
     """Have the server hold that version with its READY workers; NotReady when it has not in time."""
     until = time.monotonic() + seconds
     if record.version not in versions(client, record.model):
-        client.register(record.file, initial_workers=record.workers, synchronous=True, timeout=seconds)
+        try:
+            client.register(record.file, initial_workers=record.workers, synchronous=True, timeout=seconds)
+        except MarwrightError:
+            with contextlib.suppress(MarwrightError):  # a failed register may leave the version behind (fact 18)
+                client.unregister(record.model, record.version)
+            raise
     while versions(client, record.model)[record.version].ready_workers < record.workers:
         if time.monotonic() > until:
             raise NotReady(

@@ -172,27 +172,29 @@ class Server:
         marks = since or self._mark(of=self.find())
         until = time.monotonic() + timeout
         reported = ""
-        with self.client(timeout=5.0) as client:
-            while True:
-                found = self.find()
-                if found is None:
-                    time.sleep(0.2)  # let the log be written
-                    raise NotReady(
-                        "TorchServe ended while it was starting", last_words=self._server_words(marks), hint=_LOGS_HINT
-                    )
-                for model, wanted in expected.items():
-                    self._refuse_dying(model, wanted, marks)
-                state = self._state(client, expected, marks)
-                if not state:
-                    return
-                if progress and state != reported:
-                    progress(state)
-                    reported = state
-                if time.monotonic() > until:
-                    raise NotReady(
-                        f"not ready after {timeout:g} s: {state}", last_words=self._server_words(marks), hint=_LOGS_HINT
-                    )
-                time.sleep(0.2)
+        while True:
+            found = self.find()
+            if found is None:
+                time.sleep(0.2)  # let the log be written
+                raise NotReady(
+                    "TorchServe ended while it was starting", last_words=self._server_words(marks), hint=_LOGS_HINT
+                )
+            for model, wanted in expected.items():
+                self._refuse_dying(model, wanted, marks)
+            with self.client(timeout=5.0) as client:  # a new one each time: nothing learned too early is kept
+                state, why = self._state(client, expected, marks)
+            if not state:
+                return
+            if progress and state != reported:
+                progress(state)
+                reported = state
+            if time.monotonic() > until:
+                raise NotReady(
+                    f"not ready after {timeout:g} s: {state}",
+                    last_words="\n".join(filter(None, [why, self._server_words(marks)])),
+                    hint=_LOGS_HINT,
+                )
+            time.sleep(0.2)
 
     def last_words(self, model: str, version: str) -> str:
         """Why workers of that version do not start, on one line, in their own words; "" where none complained."""
@@ -324,8 +326,8 @@ class Server:
             hint=f"the whole traceback is in {self.logs / 'model_log.log'}",
         )
 
-    def _state(self, client: Client, expected: Mapping[str, Expected], marks: tuple[Mark, ...]) -> str:
-        """What is still missing, in words; "" when nothing is."""
+    def _state(self, client: Client, expected: Mapping[str, Expected], marks: tuple[Mark, ...]) -> tuple[str, str]:
+        """What is still missing, in words ("" when nothing is); and, of a server that does not answer, how."""
         try:
             client.ping()
             missing = []
@@ -347,12 +349,12 @@ class Server:
             closed = client.config.ports.keys() - processes.busy(client.config.ports).keys()
             if closed:  # gRPC comes last
                 missing.append("not listening yet: " + ", ".join(sorted(closed)))
-            return "; ".join(missing)
-        except ServerUnreachable:
-            return "TorchServe is starting"
+            return "; ".join(missing), ""
+        except ServerUnreachable as error:
+            return "TorchServe is starting", error.message
         except ServerRefused as error:
             if error.status == 400:  # the key file is still the one of an earlier server
-                return "TorchServe is starting"
+                return "TorchServe is starting", error.message
             raise
 
     def _wait_for_ports(self, seconds: float, progress: Progress | None) -> None:

@@ -13,7 +13,7 @@ from marwright.release import journal, properties
 def refresh(config: Path, store: Path) -> bool:
     """Make the generated file what it must be, atomically; True where it was not. No journal, nothing to serve."""
     if not (store / journal.FILE).is_file():
-        return False
+        return (store / properties.SERVING).is_file() and properties.write_serving(config, store, [])
     with journal.open(store) as book:
         released = book.releases()
     archives = [f"{release.model}-{release.version}.mar" for release in released.values()]
