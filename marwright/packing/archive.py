@@ -48,8 +48,8 @@ def write(
 ) -> tuple[ArchiveRecord, bool]:
     """Build the next version, or `version`; (record, True), or (the same content's record, False).
 
-    The recipe names the model and says how it is served: its `[serving]` may change without another training. `used` are
-    version numbers that were given away before, whether their files are still there or not.
+    The recipe names the model and says how it is served: its `[serving]` may change without another training.
+    `used` are version numbers that were given away before, whether their files are still there or not.
     Raises ArchiveExists where `version` is taken by something else, ArchiveInvalid where it does not load.
     """
     model = recipe.name
