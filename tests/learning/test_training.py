@@ -350,13 +350,19 @@ def test_a_last_batch_of_one_does_not_stop_a_net_with_norms(tiny_set: Dataset, t
     assert training.train(chosen, tiny_set, tmp_path, progress=False).finished
 
 
-def test_the_progress_bar_is_shown_on_request(
-    tiny_set: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_progress_is_a_bar_on_a_terminal_and_a_line_an_epoch_in_a_log(
+    tiny_set: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     training.train(tiny(), tiny_set, tmp_path / "a", progress=False)
     assert capsys.readouterr().out == ""
     training.train(tiny(), tiny_set, tmp_path / "b", progress=True)
-    assert "training tiny" in capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[:12] for line in lines] == ["epoch 1 of 2", "epoch 2 of 2"]
+    monkeypatch.setenv("FORCE_COLOR", "1")  # what makes rich take its output for a terminal
+    training.train(tiny(), tiny_set, tmp_path / "c", progress=True)
+    shown = capsys.readouterr().out
+    assert "training tiny" in shown
+    assert "epoch 1 of 2" not in shown
 
 
 def test_a_second_training_of_the_same_waits_for_the_first(tiny_set: Dataset, tmp_path: Path) -> None:

@@ -37,7 +37,8 @@ def test_every_answer_says_who_made_it_over_rest_and_grpc_alike(echo: Client) ->
         assert answer.bundle == "0123456789abcdef"
         assert len(answer.request_id) == 36
     assert rest.json() | {"explain": None} == grpc.json() | {"explain": None}
-    assert rest.body.replace(b'"False"', b'"None"') == grpc.body
+    for answer in (rest, grpc):  # the very form in which TorchServe writes a value; a gRPC map has no order of its own
+        assert answer.body == json.dumps(answer.json(), indent=2).encode()
 
 
 def test_a_grpc_answer_without_meta_is_the_bare_body(echo: Client) -> None:
