@@ -19,7 +19,7 @@ version_option = $(if $(VERSION),--version $(VERSION))
 .PHONY: help setup serve stop status predict token train export archive rollout release test lint bench clean
 
 help: ## print this
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo
 	@echo "  variables: RECIPE=digits DATA=folder-or-zip EPOCHS= SEED= FORMAT=onnx|eager VERSION= IMAGE= GRPC=1"
 

@@ -140,14 +140,111 @@ class TokenSettings(Places):
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutSettings(Places):
-    """Bring a built version to answer on the running server, with proof before and after, and back when it fails."""
+    """Bring a built version to answer, behind the gate, without losing a request; and back when it is worse."""
 
     version: Positional[str | None] = None
-    """The version that shall answer; the newest when not given."""
-    model: str = "digits"
-    """Name of the model."""
-    timeout: float = 120.0
-    """Seconds to wait for its workers."""
+    """A version, or a .mar of the store; the newest when not given."""
+    model: str | None = None
+    """Name of the model, where a version is given by its number; the only one built when not given."""
+    policy: Path | None = None
+    """TOML file with the limits; policies/<model>.toml or policies/default.toml when not given."""
+    samples: Path | None = None
+    """Folder of request bodies to replay to both versions; golden and holdout examples when not given."""
+    holdout: Path | None = None
+    """.npz with inputs and labels that neither version has learned from; the challenger's own test part when not
+    given."""
+    dry_run: bool = False
+    """List every call that would be made, and make none."""
+    resume: bool = False
+    """Go on with the rollout that was interrupted, to its end."""
+    wait: bool = False
+    """Stay until the old version is retired, instead of leaving that to the next rollout or `marwright reconcile`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RollbackSettings(Places):
+    """Return to the last settled version: at once while it is warm, else by registering it again."""
+
+    model: str | None = None
+    """Name of the model; the only one released when not given."""
+    policy: Path | None = None
+    """TOML file with the limits; policies/<model>.toml or policies/default.toml when not given."""
+    why: str = "by hand"
+    """For the journal."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReleasesSettings(Places):
+    """The history of what answered, what answers now, and why."""
+
+    model: str | None = None
+    """Name of the model; all of them when not given."""
+    all: bool = False
+    """Every line of the journal."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReconcileSettings(Places):
+    """Make the running server what the journal says, and retire what is due."""
+
+    policy: Path | None = None
+    """TOML file with the limits; policies/<model>.toml or policies/default.toml when not given."""
+    dry_run: bool = False
+    """Say what would be done, and do nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrainSettings(RecipeChoice):
+    """Learn from newly labelled examples, and roll the result out behind the gate. Harmless where nothing is new."""
+
+    new: Path | None = None
+    """Folder or zip of newly labelled examples, <class>/<file>; new/<model> when not given."""
+    every: str | None = None
+    """Repeat: 30s, 15m, 1h, 1d. A turn that is overdue is made up for once; turns never overlap."""
+    once: bool = False
+    """One turn, for cron: the default where --every is not given."""
+    turns: int | None = None
+    """End after so many turns of --every; never when not given."""
+    policy: Path | None = None
+    """TOML file with the limits; policies/<model>.toml or policies/default.toml when not given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadtestSettings(Places):
+    """Send requests at their due times, however slowly they are answered, and check every answer."""
+
+    model: str | None = None
+    """Name of the model; the only one served when not given."""
+    rate: float = 100.0
+    """Requests a second."""
+    seconds: float = 10.0
+    """How long."""
+    arrivals: Literal["constant", "poisson", "closed"] = "poisson"
+    """When requests are due: evenly, at random, or (closed) as soon as the connection is free, to find the capacity."""
+    connections: int = 64
+    """For closed: how many clients."""
+    grpc_share: float = 0.0
+    """Share of requests over gRPC; the others are REST, keep-alive."""
+    pinned_share: float = 0.0
+    """Share of requests to the pinned URLs of versions that the journal calls live; the others to the default URL."""
+    images: Path | None = None
+    """Folder of request bodies; the golden examples of the model's archives when not given."""
+    hung: float = 5.0
+    """Seconds after which a request without an answer counts as hung."""
+    seed: int = 0
+    """Of arrivals and of the mix."""
+    out: Path = Path("loadtest.csv")
+    """Where every single result goes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadreportSettings(Places):
+    """What a load test found: counts, percentiles, the longest pause; a time line with version switches as HTML."""
+
+    results: Positional[Path]
+    """What `marwright loadtest` wrote."""
+    html: Path | None = None
+    """Write a self-contained page there."""
 
 
 @dataclass(frozen=True, kw_only=True)

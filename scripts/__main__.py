@@ -21,15 +21,21 @@ VERBS = {
     "status": "what is built, what is released, what answers",
     "predict": "ask the running server",
     "token": "print a valid token",
-    "rollout": "bring a built version to answer on the running server, with proof",
+    "rollout": "bring a built version to answer, behind the gate, without losing a request",
+    "rollback": "return to the last settled version",
+    "releases": "what answered, what answers now, and why",
+    "reconcile": "make the running server what the journal says",
     "release": "make a version the released one, without proof",
+    "retrain": "learn from newly labelled examples, and roll the result out behind the gate",
+    "loadtest": "send requests at their due times and check every answer",
+    "loadreport": "what a load test found",
     "activate": "write JAVA_HOME and TS_CONFIG_FILE into the venv's activate",
 }
 
 
 def usage() -> str:
     lines = ["usage: marwright VERB [options]      (marwright VERB --help lists them)", ""]
-    return "\n".join(lines + [f"  {verb:<10}{line}" for verb, line in VERBS.items()])
+    return "\n".join(lines + [f"  {verb:<12}{line}" for verb, line in VERBS.items()])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,0 +1,1 @@
+"""An open-loop load test of a running server, every answer checked."""
