@@ -6,6 +6,16 @@ snapshots and a restart change nothing.
     with journal.open(store) as book:
         book.released("digits")      → Release(version="1.0", proven=False, …) or None
         book.release("digits", "1.1", proven=False, why="archived while the server was stopped")
+        book.live("digits")          → frozenset({"1.0", "1.1"}): versions whose pinned URL may be called now
+
+| event        | detail                                     | says                                              |
+|--------------|--------------------------------------------|---------------------------------------------------|
+| archived     | run, sha256                                | built                                             |
+| rollout      | id, kind, phase, step: begin, look or done | a phase of a rollout or rollback                  |
+| switching    | was, why                                   | from now on it may answer by default              |
+| released     | was, proven, why, running, back            | it should be answering by default                 |
+| rolling back | id, reason, champion                       | a rollout fails; `rolled back` when it is over    |
+| retiring     | why                                        | on its way out of the server: `retired` or `kept` |
 """
 
 from __future__ import annotations
@@ -19,10 +29,18 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from marwright.errors import RolloutError
 
 FILE = "journal.db"
 BUSY_SECONDS = 20.0
+_OVER_FUSE = ("sshfs", "ceph", "glusterfs", "s3fs", "gcsfuse", "rclone")
+NETWORK = frozenset(
+    ("nfs", "nfs4", "cifs", "smb2", "smb3", "smbfs", "afs", "ceph", "lustre", "glusterfs", "gpfs", "beegfs")
+    + tuple(f"fuse.{name}" for name in _OVER_FUSE)
+)
+"""File systems on which SQLite's locks cannot be trusted."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +53,21 @@ class Entry:
     version: str
     event: str
     detail: Mapping[str, Any]
+
+    @property
+    def time(self) -> float:
+        """Unix seconds."""
+        return datetime.fromisoformat(self.at).timestamp()
+
+
+@dataclass(frozen=True)
+class Span:
+    """A time in which a version may answer: on the default URL, or at its pinned one. Unix seconds; None is still."""
+
+    version: str
+    default: bool
+    since: float
+    until: float | None = None
 
 
 @dataclass(frozen=True)
@@ -89,10 +122,24 @@ class Journal:
                 (datetime.now(UTC).isoformat(timespec="milliseconds"), model, version, event, json.dumps(detail)),
             )
 
-    def release(self, model: str, version: str, *, proven: bool, why: str) -> None:
-        """From now on `version` should be answering for `model`."""
+    def release(
+        self, model: str, version: str, *, proven: bool, why: str, running: bool = False, back: bool = False
+    ) -> None:
+        """From now on `version` should be answering for `model`.
+
+        `running`: the server holds it, beside what it held before; `back`: a return to what answered earlier.
+        """
         was = self.released(model)
-        self.add(model, version, "released", proven=proven, why=why, was=was.version if was else None)
+        self.add(
+            model,
+            version,
+            "released",
+            proven=proven,
+            why=why,
+            was=was.version if was else None,
+            running=running,
+            back=back,
+        )
 
     def released(self, model: str) -> Release | None:
         entries = self.entries(model, event="released")
@@ -105,6 +152,60 @@ class Journal:
         """What should be answering, by model."""
         found = {model: self.released(model) for (model,) in self._query("select distinct model from entries")}
         return {model: release for model, release in sorted(found.items()) if release is not None}
+
+    def previous(self, model: str) -> str | None:
+        """What answered before the released version, and was not found wanting: where a rollback leads."""
+        line: list[str] = []
+        for entry in self.entries(model, event="released"):
+            if entry.detail.get("back") and entry.version in line:
+                del line[line.index(entry.version) + 1 :]
+            elif line[-1:] != [entry.version]:
+                line.append(entry.version)
+        return line[-2] if len(line) > 1 else None
+
+    def live(self, model: str) -> frozenset[str]:
+        """Versions that the server should hold, ready to answer at their pinned URLs."""
+        live: set[str] = set()
+        for entry in self.entries(model):
+            match entry.event:
+                case "released":
+                    live = {*live, entry.version} if entry.detail.get("running") else {entry.version}
+                case "rollout" if (entry.detail["phase"], entry.detail["step"]) == ("ready", "done"):
+                    live.add(entry.version)
+                case "kept":
+                    live.add(entry.version)
+                case "rolling back" | "rolled back" | "retiring" | "retired":
+                    live.discard(entry.version)
+        return frozenset(live)
+
+    def spans(self, model: str) -> tuple[Span, ...]:
+        """When each version may have answered, and where: an answer outside of these should not exist."""
+        closed: list[Span] = []
+        now: dict[tuple[str, bool], float] = {}
+
+        def begin(version: str, default: bool, at: float) -> None:
+            now.setdefault((version, default), at)
+
+        def end(version: str, default: bool, at: float) -> None:
+            if (version, default) in now:
+                closed.append(Span(version, default, now.pop((version, default)), at))
+
+        for entry in self.entries(model):
+            match entry.event:
+                case "rollout":
+                    begin(entry.version, False, entry.time)
+                case "switching":
+                    begin(entry.version, True, entry.time)
+                case "released":
+                    for version, default in list(now):
+                        if version != entry.version and (default or not entry.detail.get("running")):
+                            end(version, default, entry.time)
+                    begin(entry.version, True, entry.time)
+                    begin(entry.version, False, entry.time)
+                case "rolled back" | "retired":
+                    end(entry.version, True, entry.time)
+                    end(entry.version, False, entry.time)
+        return (*closed, *(Span(version, default, since) for (version, default), since in now.items()))
 
     def has_proven_rollout(self, model: str) -> bool:
         """Once a rollout was proven, a mere build never changes what answers."""
@@ -133,6 +234,12 @@ def open(store: Path) -> Iterator[Journal]:
     path = store / FILE
     with _told(path):
         store.mkdir(parents=True, exist_ok=True)
+        kind = filesystem(store)
+        if kind in NETWORK:
+            raise RolloutError(
+                f"the journal {path} would be on a network file system ({kind}), where SQLite's locks do not hold",
+                hint="keep model_store/ on a local disk: --store PATH",
+            )
         database = sqlite3.connect(path, timeout=BUSY_SECONDS)
     with contextlib.closing(database):
         with _told(path), database:
@@ -142,6 +249,13 @@ def open(store: Path) -> Iterator[Journal]:
                 " model text not null, version text not null, event text not null, detail text not null)"
             )
         yield Journal(database, path)
+
+
+def filesystem(path: Path) -> str:
+    """The kind of file system that holds `path`: ext4, nfs4, …; "" where the system does not say."""
+    where = path.resolve()
+    mounts = [mount for mount in psutil.disk_partitions(all=True) if where.is_relative_to(mount.mountpoint)]
+    return max(mounts, key=lambda mount: len(mount.mountpoint)).fstype if mounts else ""
 
 
 @contextlib.contextmanager
