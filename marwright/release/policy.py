@@ -1,0 +1,168 @@
+"""What a new version has to show before it answers, and for how long it is watched: one strict TOML file.
+
+    limits = policy.load(None, "digits")     # policies/digits.toml, else policies/default.toml, else the defaults
+    limits.gate.margin                       # 0.02
+
+Exactly one file counts, and a key that it leaves out has its default from here: files do not stack, so whoever reads
+one has read all of it. `docs/policy.md` says why each default is what it is.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from marwright.errors import SettingsError
+
+POLICIES = Path("policies")
+
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Megabytes = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Ratio = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Confidence = Annotated[float, Field(ge=0.5, lt=1)]
+Count = Annotated[int, Field(ge=0, le=10**9)]
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class ReadyPolicy(_Table):
+    """A registered version becomes able to answer."""
+
+    seconds: Seconds = 120.0
+    """Until all workers are READY."""
+
+
+class ShadowPolicy(_Table):
+    """Requests are answered by both versions; callers get the champion's answer."""
+
+    requests: Count = 200
+    """Replayed to both, in turns; samples are repeated where there are fewer."""
+    min_agreement: Share = 0.5
+    """Share of requests with the same best label; of a regressor, with values within 10 % of each other."""
+    max_errors: Count = 0
+    """Requests that the champion answers and the challenger does not."""
+    max_latency_ratio: Ratio = 3.0
+    """Of the medians, challenger to champion."""
+    max_growth_mb: Megabytes = 50.0
+    """MB (10⁶ bytes) that a worker of the challenger grows by while it answers, beyond the champion's own growth."""
+
+
+class GatePolicy(_Table):
+    """Limits of `gate.decide`."""
+
+    margin: Annotated[float, Field(gt=0, lt=1)] = 0.005
+    """Accuracy that may be lost, as a share of 1; of a regressor, a share of the champion's mean absolute error."""
+    confidence: Confidence = 0.95
+    """One-sided, of a whole rollout: the error is split over the looks."""
+    looks: Annotated[int, Field(ge=1, le=20)] = 3
+    """How often the gate may look, each time at more examples."""
+    class_confidence: Confidence = 0.95
+    """That no class is called worse which is not, over all classes (Holm) and all looks."""
+    max_class_drop: Share = 0.05
+    """Recall that one class may lose; a larger drop fails where it is also significant."""
+    max_ece_rise: Share = 0.02
+    """Expected calibration error, challenger minus champion."""
+    max_latency_ratio: Ratio = 1.5
+    """Median of the ratios of paired latencies, challenger to champion."""
+    max_size_ratio: Ratio = 2.0
+    """Bytes of the archive, challenger to champion."""
+    max_memory_ratio: Ratio = 1.5
+    """Bytes of the largest worker, challenger to champion."""
+
+
+class WatchPolicy(_Table):
+    """After the switch, while the champion is still warm."""
+
+    seconds: Seconds = 30.0
+    every: Seconds = 1.0
+    """Seconds between two looks."""
+    max_error_rate: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the default URL's probes that fail."""
+    max_latency_ratio: Ratio = 3.0
+    """Of the medians, after the switch to before it."""
+    max_worker_restarts: Count = 0
+
+
+class SettlePolicy(_Table):
+    """The old version is drained, kept warm, retired."""
+
+    idle_seconds: Seconds = 2.0
+    """Without a request for the old version."""
+    drain_seconds: Seconds = 60.0
+    """Until it is idle; after that the rollout says what still uses it."""
+    warm_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 600.0
+    """That the old version stays loaded, so that a rollback is one call."""
+
+
+class ServerPolicy(_Table):
+    """Patience with TorchServe."""
+
+    call_seconds: Seconds = 30.0
+    """How long one call is insisted on, retries included, before its phase fails."""
+
+
+class Policy(_Table):
+    """All limits of a rollout. `Policy()` is the default."""
+
+    ready: ReadyPolicy = ReadyPolicy()
+    shadow: ShadowPolicy = ShadowPolicy()
+    gate: GatePolicy = GatePolicy()
+    watch: WatchPolicy = WatchPolicy()
+    settle: SettlePolicy = SettlePolicy()
+    server: ServerPolicy = ServerPolicy()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every key, defaults filled in; what the journal holds. `from_dict` gives it back."""
+        return self.model_dump(mode="json")
+
+    @classmethod
+    def from_dict(cls, document: Mapping[str, Any], *, origin: str = "policy") -> Policy:
+        """Parse and validate; a `SettingsError` lists all that is wrong."""
+        try:
+            return cls.model_validate(dict(document))
+        except ValidationError as error:
+            problems = [_sentence(dict(one)) for one in error.errors()]
+        lines = "\n".join(f"  - {problem}" for problem in problems)
+        count = "one thing" if len(problems) == 1 else f"{len(problems)} things"
+        raise SettingsError(
+            f"{origin}: {count} not allowed\n{lines}", hint="policies/default.toml shows every key with its default"
+        )
+
+
+def load(path: Path | None, model: str, *, folder: Path = POLICIES) -> Policy:
+    """The policy in `path`, else in `folder/<model>.toml`, else in `folder/default.toml`, else the defaults."""
+    if path is None:
+        path = next((one for one in (folder / f"{model}.toml", folder / "default.toml") if one.is_file()), None)
+        if path is None:
+            return Policy()
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SettingsError(
+            f"the policy {path} cannot be read: {error.strerror}", hint="copy policies/default.toml, or leave it out"
+        ) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path} is not TOML: {error}", hint="compare it with policies/default.toml") from None
+    return Policy.from_dict(document, origin=str(path))
+
+
+def _sentence(error: dict[str, Any]) -> str:
+    """One pydantic complaint → `key is value; allowed: …`."""
+    *tables, last = (str(step) for step in error["loc"])
+    key = ".".join((*tables, last))
+    if error["type"] == "extra_forbidden":
+        table: Any = Policy.model_fields[tables[0]].annotation if tables else Policy
+        allowed = sorted(table.model_fields)
+        close = difflib.get_close_matches(last, allowed, n=1)
+        return f"{key} is unknown{f' (did you mean {close[0]}?)' if close else ''}; allowed: {', '.join(allowed)}"
+    if error["type"] == "model_type":
+        return f"{key} is {error['input']!r}; allowed: a table, [{key}]"
+    return f"{key} is {error['input']!r}; allowed: {error['msg'].removeprefix('Input should be ')}"
