@@ -2,7 +2,7 @@
 
     verdict = gate.decide(champion, challenger, truth, policy.gate, classes=("cat", "dog"))
     verdict.outcome      # "pass", "fail", or "inconclusive": look again with more examples
-    verdict.reason       # "accuracy fell from 0.9721 to 0.9415 …"
+    verdict.reason       # "accuracy 0.9721 → 0.9415 on 10000 examples: worse by at least 0.0231 at 98.3 % confidence, …"
 
 Both versions answered the same labelled examples, so everything is paired. "pass" is a proof that no more than
 `policy.margin` was lost; what is not proved is not passed. Each look spends its share of the error (Bonferroni), so
@@ -12,19 +12,22 @@ that the error of all looks together is what the policy says. docs/adr/0005-the-
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from marwright.release import checks
+from marwright.release.checks import Bin as Bin
+from marwright.release.checks import Check as Check
+from marwright.release.checks import ClassRow as ClassRow
+from marwright.release.checks import Floats, Outcome
 from marwright.release.policy import GatePolicy
 
-Outcome = Literal["pass", "fail", "inconclusive"]
-
-BINS = 15
-"""Of equal width, for the calibration error (Guo et al. 2017)."""
+SHARES = (*(round(0.05 * i, 2) for i in range(20)), 0.99, 1.0)
+"""Of the requests, for the distribution of latencies."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,55 +35,14 @@ class Observed:
     """One version's answers to the holdout, in the same order as the other version's."""
 
     version: str
-    outputs: NDArray[np.float64]
+    outputs: Floats
     """N×K probabilities by class, or N values of a regressor."""
-    seconds: NDArray[np.float64]
+    seconds: Floats
     """N latencies at the pinned URL, measured in turns with the other version's."""
     size: int
     """Bytes of the archive."""
     memory: int
     """Bytes of the largest worker; 0 is unknown."""
-
-
-@dataclass(frozen=True)
-class Check:
-    """One comparison. Numbers that a check does not have, or that could not be measured, are None."""
-
-    name: str
-    outcome: Literal["pass", "fail", "inconclusive", "reported"]
-    champion: float | None
-    challenger: float | None
-    estimate: float | None
-    """What is compared with `limit`: a difference (challenger minus champion) or a ratio (challenger to champion)."""
-    limit: float | None
-    low: float | None
-    high: float | None
-    """One-sided bounds of `estimate`, each at the confidence of this look."""
-    sentence: str
-
-
-@dataclass(frozen=True)
-class ClassRow:
-    """Recall of one class, for both. `lost` and `won` count examples that one of them alone had right."""
-
-    label: str
-    examples: int
-    champion: float
-    challenger: float
-    lost: int
-    won: int
-    p: float
-    """Of a drop: exact one-sided McNemar, adjusted over the classes (Holm)."""
-    worse: bool
-
-
-@dataclass(frozen=True)
-class Bin:
-    """Answers with about the same confidence: its mean, the share that was right, how many there were."""
-
-    confidence: float
-    accuracy: float
-    count: int
 
 
 @dataclass(frozen=True)
@@ -112,13 +74,18 @@ class Verdict:
     latencies: tuple[Latency, ...]
 
     @property
+    def metric(self) -> str:
+        """Name of the check that the margin is for."""
+        return "accuracy" if self.task == "classification" else "error"
+
+    @property
     def reason(self) -> str:
-        """One sentence: of the first check that decided, with metric, both values and limit."""
-        deciding = [check for check in self.checks if check.outcome == self.outcome]
-        if self.outcome == "pass" or not deciding:
-            return self.checks[0].sentence
-        more = f" (and {len(deciding) - 1} more)" if len(deciding) > 1 else ""
-        return deciding[0].sentence + more
+        """One sentence: metric, both values and limit of the first check that decided."""
+        if self.outcome == "pass":
+            return self.check(self.metric).sentence
+        first, *others = (check for check in self.checks if check.outcome == self.outcome)
+        more = f" (also {', '.join(check.name for check in others)})" if others else ""
+        return first.sentence + more
 
     def check(self, name: str) -> Check:
         """KeyError where there is none of that name."""
@@ -160,3 +127,91 @@ def examples_at(look: int, policy: GatePolicy, available: int) -> int:
     if not 1 <= look <= policy.looks:
         raise ValueError(f"look {look} of {policy.looks}")
     return math.ceil(available * look / policy.looks)
+
+
+def decide(
+    champion: Observed,
+    challenger: Observed,
+    truth: NDArray[Any],
+    policy: GatePolicy,
+    *,
+    classes: Sequence[str] = (),
+    look: int = 1,
+) -> Verdict:
+    """The verdict of look number `look` (from 1) on N examples; `truth` is N class indices, or N values of a regressor.
+
+    "pass" where every check passes, "fail" where one fails. ValueError where shapes do not fit one another.
+    """
+    _validate(champion, challenger, truth, classes)
+    examples_at(look, policy, len(truth))
+    confidence = 1 - (1 - policy.confidence) / policy.looks
+    made = [checks.answers(champion.outputs, challenger.outputs)]
+    rows: tuple[ClassRow, ...] = ()
+    bins: tuple[tuple[Bin, ...], tuple[Bin, ...]] = ((), ())
+    classifies = champion.outputs.ndim == 2
+    if classifies:
+        first, second = checks.Judged(champion.outputs, truth), checks.Judged(challenger.outputs, truth)
+        bins = first.bins(), second.bins()
+        by_class = {
+            "max_drop": policy.max_class_drop,
+            "confidence": 1 - (1 - policy.class_confidence) / policy.looks,
+        }
+        labels = classes or [str(i) for i in range(champion.outputs.shape[1])]
+        rows = checks.class_rows(first, second, labels, **by_class)
+        made += [
+            checks.accuracy(first, second, margin=policy.margin, confidence=confidence),
+            checks.mcnemar(first, second),
+            checks.classes(rows, **by_class),
+            checks.calibration(first, second, max_rise=policy.max_ece_rise, confidence=confidence),
+        ]
+    else:
+        outputs = champion.outputs, challenger.outputs
+        made.append(checks.error(*outputs, truth, margin=policy.margin, confidence=confidence))
+    made += [
+        checks.latency(champion.seconds, challenger.seconds, limit=policy.max_latency_ratio, confidence=confidence),
+        checks.ratio("size", "archive", champion.size, challenger.size, limit=policy.max_size_ratio),
+        checks.ratio("memory", "largest worker", champion.memory, challenger.memory, limit=policy.max_memory_ratio),
+    ]
+    quantiles = [np.quantile(one.seconds, SHARES).tolist() for one in (champion, challenger)]
+    return Verdict(
+        outcome=_overall(made),
+        champion=champion.version,
+        challenger=challenger.version,
+        task="classification" if classifies else "regression",
+        examples=len(truth),
+        look=look,
+        looks=policy.looks,
+        confidence=confidence,
+        checks=tuple(made),
+        classes=rows,
+        champion_bins=bins[0],
+        challenger_bins=bins[1],
+        latencies=tuple(Latency(*row) for row in zip(SHARES, *quantiles, strict=True)),
+    )
+
+
+def _overall(made: Sequence[Check]) -> Outcome:
+    outcomes = {check.outcome for check in made}
+    if "fail" in outcomes:
+        return "fail"
+    return "inconclusive" if "inconclusive" in outcomes else "pass"
+
+
+def _validate(champion: Observed, challenger: Observed, truth: NDArray[Any], classes: Sequence[str]) -> None:
+    shape, count = champion.outputs.shape, len(truth)
+    if count == 0 or np.shape(truth) != (count,):
+        raise ValueError(f"truth has shape {np.shape(truth)}, not N")
+    if challenger.outputs.shape != shape or len(shape) not in (1, 2) or shape[0] != count:
+        raise ValueError(f"outputs have shapes {shape} and {challenger.outputs.shape} for {count} examples")
+    if len(shape) == 2:
+        if shape[1] < 2 or (classes and len(classes) != shape[1]):
+            raise ValueError(f"outputs have {shape[1]} columns for {len(classes) or 'at least two'} classes")
+        if truth.dtype.kind not in "iu" or truth.min() < 0 or truth.max() >= shape[1]:
+            raise ValueError(f"truth is not made of class indices from 0 to {shape[1] - 1}")
+    elif not np.isfinite(truth).all():
+        raise ValueError("truth holds values that are not finite")
+    for one in (champion, challenger):
+        if one.seconds.shape != (count,) or not (np.isfinite(one.seconds) & (one.seconds > 0)).all():
+            raise ValueError(f"latencies of {one.version} are not {count} positive numbers of seconds")
+        if one.size < 0 or one.memory < 0:
+            raise ValueError(f"size and memory of {one.version} are {one.size} and {one.memory}")
