@@ -21,6 +21,7 @@ Floats = NDArray[np.float64]
 
 BINS = 15
 """Of equal width, for the calibration error (Guo et al. 2017); as in a run's report."""
+HUGE = 1e100
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ def error(champion: Floats, challenger: Floats, truth: Floats, *, margin: float,
     return _margin(
         name="error",
         said=f"mean absolute error {before:.4g} → {after:.4g} on {len(errors[0])} examples",
-        unit=" of the champion's",
+        unit="as a share of the champion's, ",
         undecided="",
         values=(before, after, gain),
         bounds=bounds,
@@ -189,7 +190,7 @@ def classes(rows: Sequence[ClassRow], *, max_drop: float, confidence: float) -> 
     sentence = (
         f"recall of {worst.label!r} {worst.champion:.4f} → {worst.challenger:.4f} on {worst.examples} examples"
         f" (p = {worst.p:.2g} by Holm over {len(rows)} classes, significant up to {1 - confidence:.2g}), and"
-        f" {-max_drop:g} is allowed"
+        f" a drop of {max_drop:g} is allowed"
     )
     if others < 0:
         sentence = f"no class is worse; nearest to it: {sentence}"
@@ -240,8 +241,8 @@ def latency(champion: Floats, challenger: Floats, *, limit: float, confidence: f
         elif low > limit:
             outcome = "fail"
     sentence = (
-        f"median latency {1000 * before:.3g} ms → {1000 * after:.3g} ms: {ratio:.3g} times as long ({bounds}), and"
-        f" {limit:g} times is allowed"
+        f"median latency {1000 * before:.3g} ms → {1000 * after:.3g} ms: {ratio:.3g} times ({bounds}), and"
+        f" {limit:g} is allowed"
     )
     return Check("latency", outcome, before, after, ratio, limit, low, high, sentence)
 
@@ -252,7 +253,7 @@ def ratio(name: str, what: str, champion: int, challenger: int, *, limit: float)
     if before is None or after is None:
         return Check(name, "reported", before, after, None, limit, None, None, f"{what}: not measured")
     times = after / before
-    sentence = f"{what} {before / 1e6:.4g} MB → {after / 1e6:.4g} MB: {times:.3g} times as much, and {limit:g} times is allowed"
+    sentence = f"{what} {before / 1e6:.4g} MB → {after / 1e6:.4g} MB: {times:.3g} times, and {limit:g} is allowed"
     return Check(name, "pass" if times <= limit else "fail", before, after, times, limit, None, None, sentence)
 
 
@@ -269,20 +270,20 @@ def _margin(
 ) -> Check:
     (before, after, gain), (low, high) = values, bounds
     at = f"at {_percent(confidence)} confidence"
-    allowed = f"{margin:g}{unit} may be lost"
+    allowed = f"{margin:g} may be lost"
     outcome: Outcome = "inconclusive"
     if low is None or high is None:
         sentence = f"{said}: too few to say anything {at}; {allowed}"
     elif low > -margin:
         outcome = "pass"
         least = f"better by at least {low:.4f}" if low > 0 else f"worse by at most {-low:.4f}"
-        sentence = f"{said}: {least}{unit} {at}, and {allowed}"
+        sentence = f"{said}: {unit}{least} {at}, and {allowed}"
     elif high < -margin:
         outcome = "fail"
-        sentence = f"{said}: worse by at least {-high:.4f}{unit} {at}, and {allowed}"
+        sentence = f"{said}: {unit}worse by at least {-high:.4f} {at}, and {allowed}"
     else:
         most = f"{high:.4f} better" if high > 0 else f"{-high:.4f} worse"
-        sentence = f"{said}: anything from {-low:.4f} worse to {most}{unit} {at}, and {allowed}{undecided}"
+        sentence = f"{said}: {unit}anything from {-low:.4f} worse to {most} {at}, and {allowed}{undecided}"
     return Check(name, outcome, before, after, gain, -margin, low, high, sentence)
 
 
@@ -292,8 +293,8 @@ def _discordant(champion: Judged, challenger: Judged) -> tuple[int, int]:
 
 
 def _finite(outputs: Floats) -> NDArray[np.bool_]:
-    """Which of N answers, each of one or K numbers, are numbers throughout."""
-    return np.asarray(np.isfinite(outputs.reshape(len(outputs), -1)).all(axis=1))
+    """Which of N answers, each of one or K numbers, are numbers throughout. Beyond HUGE a square would be infinite."""
+    return np.asarray((np.abs(outputs.reshape(len(outputs), -1)) < HUGE).all(axis=1))
 
 
 def _percent(share: float) -> str:

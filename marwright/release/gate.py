@@ -2,7 +2,7 @@
 
     verdict = gate.decide(champion, challenger, truth, policy.gate, classes=("cat", "dog"))
     verdict.outcome      # "pass", "fail", or "inconclusive": look again with more examples
-    verdict.reason       # "accuracy 0.9721 → 0.9415 on 10000 examples: worse by at least 0.0231 at 98.3 % confidence, …"
+    verdict.reason       # "accuracy 0.9721 → 0.9415 on 10000 examples: worse by at least 0.0231 …"
 
 Both versions answered the same labelled examples, so everything is paired. "pass" is a proof that no more than
 `policy.margin` was lost; what is not proved is not passed. Each look spends its share of the error (Bonferroni), so
