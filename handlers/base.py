@@ -180,6 +180,7 @@ class BatchHandler:
             "X-Model-Name": self.model,
             "X-Model-Version": self.version,
             "X-Bundle-Digest": self.bundle.digest,
+            "X-Worker-Pid": str(os.getpid()),
         }
 
     def _decode(self, payload: Payload) -> list[NDArray[Any]]:
@@ -239,6 +240,7 @@ class BatchHandler:
             "model": self.model,
             "version": self.version,
             "bundle": self.bundle.digest,
+            "worker": os.getpid(),
             "request_id": context.get_request_id(index),
         }
         return answers.encode(document if error is None else {**document, "reason": error.reason})

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import time
 
 from marwright.packing import records
-from marwright.release import journal, rollout, serving
+from marwright.release import journal, loading, serving, turns
 from marwright.release.server import Server
 from marwright.settings import ReleaseSettings
 from scripts import live
@@ -17,15 +18,23 @@ def main(settings: ReleaseSettings) -> int:
     record = records.record(settings.store, settings.model, settings.version)
     records.check_whole(record, settings.store)
     server = Server(settings.serving, home=settings.home)
-    with server.lock(settings.store / ".start.lock"), journal.open(settings.store) as book:
+    with (
+        turns.only_one(settings.store, record.model, what=f"release of {record.model} {record.version}"),
+        server.lock(settings.store / ".start.lock"),
+        journal.open(settings.store) as book,
+    ):
         was = book.released(record.model)
         running = server.find() is not None
         if running:
             with live.client(settings) as client:
-                rollout.load(client, record, seconds=settings.timeout)
+                began = time.time()
+                loading.register(client, record, seconds=settings.timeout)
+                loading.wait_ready(client, record, server=server, since=began, seconds=settings.timeout)
+                book.add(record.model, record.version, "switching", why="released by hand, without proof")
                 client.set_default(record.model, record.version)
         if was is None or was.version != record.version:
-            book.release(record.model, record.version, proven=False, why="released by hand, without proof")
+            why = "released by hand, without proof"
+            book.release(record.model, record.version, proven=False, why=why, running=running)
     serving.refresh(settings.config, settings.store)
     before = f" (was {was.version})" if was and was.version != record.version else ""
     when = "answers now" if running else "will answer at the next start"

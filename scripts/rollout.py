@@ -1,52 +1,281 @@
-"""Bring a built version to answer on the running server, with proof before and after, and back when it fails."""
+"""Bring a built version to answer, behind the gate, without losing a request; and back when it is worse.
+
+`rolled_out` and `resumed` are what `retrain` calls, too.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
 
-from marwright.errors import ArchiveError
+import numpy as np
+
+from handlers.spec import ImageInput
+from marwright import cli, files
+from marwright.errors import ArchiveError, DataError, RolledBack, ServerUnreachable, SettingsError
 from marwright.packing import golden, records
 from marwright.packing.records import ArchiveRecord
-from marwright.release import journal, rollout, serving
+from marwright.release import journal, plan, policy, proof, retiring, rollout, shadow, turns, verdicts
+from marwright.release.journal import Journal
+from marwright.release.phases import Kind, Rig, State
+from marwright.release.policy import Policy
 from marwright.release.server import Server
-from marwright.settings import RolloutSettings
-from scripts import live
+from marwright.release.shadow import Holdout, Sample
+from marwright.settings import Places, RolloutSettings
 
 SETTINGS = RolloutSettings
+SAMPLES = 500
+"""Holdout examples that join the golden ones as requests to replay, at most."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a rollout ended well: `version` answers, `was` answered before."""
+
+    model: str
+    version: str
+    phase: str
+    was: str | None = None
+    warm_until: float | None = None
+    """Unix seconds until which `was` stays loaded; None where it does not."""
 
 
 def main(settings: RolloutSettings) -> int:
-    record = _chosen(settings)
-    records.check_whole(record, settings.store)
-    server = Server(settings.serving, home=settings.home)
-    with (
-        server.lock(settings.store / ".start.lock"),
-        live.client(settings) as client,
-        journal.open(settings.store) as book,
-    ):
-        was = rollout.default_version(client, record.model)
-        seen = rollout.roll_out(
-            client,
-            record,
-            golden.read(settings.store / record.file),
-            book=book,
-            seconds=settings.timeout,
-            progress=lambda line: print(line, file=sys.stderr, flush=True),
-        )
-    serving.refresh(settings.config, settings.store)
-    if settings.json:
-        print(json.dumps({"model": record.model, "version": record.version, "was": was, "golden": seen.examples}))
-    else:
-        before = f" (was {was}, still loaded)" if was and was != record.version else ""
-        print(f"{record.version} answers now{before}; the journal says: released, proven")
+    if settings.resume:
+        outcomes = [resumed(replace(settings, model=model)) for model in _models(settings)]
+        ended = [outcome for outcome in outcomes if outcome is not None]
+        if not ended:
+            print("nothing to resume" if not settings.json else json.dumps([]))
+        for outcome in ended:
+            _tell(settings, outcome)
+        return 0
+    if settings.dry_run:
+        record = chosen(settings)
+        limits = limits_of(settings, settings.policy, record.model)
+        with journal.open(settings.store) as book:
+            released = book.released(record.model)
+        holdout = None if released is None else _holdout(settings, record)
+        planned = plan.calls(record, released.version if released else None, limits, holdout)
+        if settings.json:
+            print(json.dumps([each.__dict__ for each in planned]))
+        else:
+            cli.print_table(("phase", "call", ""), [(each.phase, each.call, each.note) for each in planned])
+        return 0
+    _tell(settings, rolled_out(settings))
     return 0
 
 
-def _chosen(settings: RolloutSettings) -> ArchiveRecord:
-    if settings.version is not None:
-        return records.record(settings.store, settings.model, settings.version)
-    built = records.records(settings.store, settings.model)
+def rolled_out(settings: RolloutSettings) -> Outcome:
+    """The version answers when this returns; RolledBack says why it does not."""
+    record = chosen(settings)
+    records.check_whole(record, settings.store)
+    with (
+        turns.only_one(settings.store, record.model, what=f"rollout of {record.model} {record.version}"),
+        rig(settings, record, settings.policy) as made,
+    ):
+        released = made.book.released(record.model)
+        if released is not None and released.version == record.version:
+            proof.prove(made.client, record, made.golden(record.version), pinned=False)
+            why = "it answered already; proved"
+            made.book.release(record.model, record.version, proven=True, why=why, running=True)
+            return Outcome(record.model, record.version, "settled", record.version)
+        state = rollout.begin(made)
+        prepared = replace(made, samples=_samples(settings, made), holdout=_holdout(settings, record))
+        return _ended(settings, state, prepared)
+
+
+def resumed(settings: RolloutSettings) -> Outcome | None:
+    """Go on with what was interrupted, to its end; None where nothing was. RolledBack where that is its end."""
+    assert settings.model is not None
+    with journal.open(settings.store) as book:
+        state = rollout.unfinished(book, settings.model)
+    if state is None:
+        return None
+    with turns.only_one(settings.store, state.model, what=f"resumed {state.kind} of {state.model} {state.version}"):
+        with journal.open(settings.store) as book:
+            state = rollout.unfinished(book, settings.model)
+        if state is None:
+            return None
+        record = records.record(settings.store, state.model, state.version)
+        with rig(settings, record, settings.policy, kind=state.kind, needs_server=False) as made:
+            if made.server.find() is None and state.next != "settled":
+                state = replace(state, failing=state.failing or "resumed while TorchServe was not running")
+            elif made.server.find() is not None:
+                made.server.wait_ready({}, timeout=60.0)
+            prepared = replace(made, samples=_samples(settings, made), holdout=_holdout(settings, record))
+            return _ended(settings, state, prepared)
+
+
+@contextlib.contextmanager
+def rig(
+    places: Places,
+    record: ArchiveRecord,
+    policy_path: Path | None,
+    *,
+    kind: Kind = "rollout",
+    why: str = "",
+    needs_server: bool = True,
+) -> Iterator[Rig]:
+    """What a rollout works with, less the examples; ServerUnreachable where it needs a server and none runs."""
+    limits = limits_of(places, policy_path, record.model)
+    server = Server(places.serving, home=places.home)
+    if needs_server:
+        if server.find() is None:
+            raise ServerUnreachable("TorchServe is not running", hint="make serve")
+        server.wait_ready({}, timeout=60.0)
+    with server.client(patience=limits.server.call_seconds) as client, journal.open(places.store) as book:
+        yield Rig(
+            server=server,
+            client=client,
+            book=book,
+            store=places.store,
+            config=places.config,
+            policy=limits,
+            challenger=record,
+            kind=kind,
+            why=why,
+            progress=lambda line: print(line, file=sys.stderr, flush=True),
+        )
+
+
+def limits_of(places: Places, path: Path | None, model: str) -> Policy:
+    """The policy file of that name, or the model's, or the default one."""
+    return policy.load(path, model, folder=places.home / "policies")
+
+
+def chosen(settings: RolloutSettings) -> ArchiveRecord:
+    """The archive that the options name."""
+    given = settings.version
+    if given is not None and given.endswith(".mar"):
+        path = Path(given)
+        found = [each for each in records.records(settings.store) if each.file == path.name]
+        if not found or (path.parent != Path() and path.parent.resolve() != settings.store.resolve()):
+            raise ArchiveError(
+                f"{given} was not built into {settings.store}", hint="make archive builds into the store"
+            )
+        return found[0]
+    model = settings.model or only_model(settings.store)
+    if given is not None:
+        return records.record(settings.store, model, given)
+    built = records.records(settings.store, model)
     if not built:
-        raise ArchiveError(f"no archive of {settings.model} in {settings.store}", hint="make archive")
+        raise ArchiveError(f"no archive of {model} in {settings.store}", hint="make archive")
     return built[-1]
+
+
+def only_model(store: Path) -> str:
+    """The one model of which there are archives; SettingsError where there are several."""
+    models = sorted({each.model for each in records.records(store)})
+    if not models:
+        raise ArchiveError(f"nothing is built in {store}", hint="make archive")
+    if len(models) > 1:
+        raise SettingsError(f"which model? there are {', '.join(models)}", hint=f"--model {models[0]}")
+    return models[0]
+
+
+def _ended(settings: RolloutSettings, state: State, made: Rig) -> Outcome:
+    try:
+        state = rollout.run(state, made)
+    except RolledBack:
+        _show_verdict(settings, made.book, state)
+        raise
+    _show_verdict(settings, made.book, state)
+    warm = state.facts.get("warm_until")
+    if settings.wait and warm is not None:
+        _retire_when_due(made, limits=made.policy)
+        warm = None
+    return Outcome(state.model, state.version, state.ended, state.champion, warm)
+
+
+def _retire_when_due(made: Rig, *, limits: Policy) -> None:
+    """Stay until what is kept warm is retired."""
+    for version, until in rollout.due(made.book, made.model).items():
+        made.progress(f"{version} is kept warm until {time.strftime('%H:%M:%S', time.localtime(until))}")
+        time.sleep(max(0.0, until - time.time()))
+        left = retiring.retire(
+            made.client,
+            made.book,
+            made.model,
+            version,
+            made.probe(version),
+            why="its time as the warm version is over",
+            idle=limits.settle.idle_seconds,
+            seconds=limits.settle.drain_seconds,
+        )
+        made.progress(f"{version} is kept: {left}" if left else f"{version} is retired")
+
+
+def _samples(settings: RolloutSettings, made: Rig) -> list[Sample]:
+    if settings.samples is not None:
+        return shadow.from_folder(settings.samples)
+    holdout = _holdout(settings, made.challenger)
+    more = holdout.samples[:SAMPLES] if holdout else ()
+    return [*shadow.from_golden(made.golden(made.challenger.version)), *more]
+
+
+def _holdout(settings: RolloutSettings, record: ArchiveRecord) -> Holdout | None:
+    """Labelled examples as requests: those of `--holdout`, or the test part of the challenger's run."""
+    path = settings.holdout or settings.runs / record.run / "examples.npz"
+    if not path.is_file():
+        if settings.holdout is not None:
+            raise DataError(f"there is no {path}", hint="an .npz with inputs and labels, as in runs/<run>/examples.npz")
+        return None
+    spec = golden.spec(settings.store / record.file)
+    try:
+        with np.load(path, allow_pickle=False) as opened:
+            inputs, labels = opened["inputs"], opened["labels"]
+    except (ValueError, KeyError, OSError) as error:
+        raise DataError(f"{path} is no holdout: {error}", hint="an .npz with the arrays inputs and labels") from None
+    if len(inputs) != len(labels) or inputs.shape[1:] != spec.input.shape:
+        raise DataError(
+            f"{path} has inputs of shape {inputs.shape} and {len(labels)} labels; {record.model} takes"
+            f" {spec.input.shape}",
+            hint="inputs N×… as the artifact takes them, labels N",
+        )
+    if isinstance(spec.input, ImageInput):
+        return Holdout([Sample(_npy(one)) for one in inputs], labels, tuple(spec.classes))
+    rows = [Sample(json.dumps(one.tolist()).encode(), "application/json") for one in inputs]
+    return Holdout(rows, labels, tuple(spec.classes))
+
+
+def _npy(array: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, array)
+    return stream.getvalue()
+
+
+def _show_verdict(settings: RolloutSettings, book: Journal, state: State) -> None:
+    """The gate's last word on that version as a table, and as a page in the store."""
+    verdict = rollout.last_verdict(book, state.model, state.version)
+    if verdict is None:
+        return
+    path = settings.store / "verdicts" / f"{state.model}-{state.version}.html"
+    files.write_text(path, verdicts.page(verdict, title=f"{state.model} {state.version}"))
+    if not settings.json:
+        cli.print_table(*verdicts.table(verdict))
+        print(f"verdict: {path}")
+
+
+def _models(settings: RolloutSettings) -> list[str]:
+    if settings.model is not None:
+        return [settings.model]
+    return sorted({each.model for each in records.records(settings.store)})
+
+
+def _tell(settings: RolloutSettings, outcome: Outcome) -> None:
+    if settings.json:
+        print(json.dumps(outcome.__dict__))
+        return
+    if outcome.was in (None, outcome.version):
+        print(f"{outcome.model} {outcome.version} answers; the journal says: released, proven")
+        return
+    print(f"{outcome.model} {outcome.version} answers now (was {outcome.was}); the journal says: released, proven")
+    if outcome.warm_until is not None:
+        until = time.strftime("%H:%M:%S", time.localtime(outcome.warm_until))
+        print(f"{outcome.was} stays warm until {until}: `marwright rollback` returns to it; then `marwright reconcile`")

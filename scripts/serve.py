@@ -36,6 +36,8 @@ def main(settings: ServeSettings) -> int:
             _load_new_models(server, released, settings.timeout)
         expected = {each.model: Expected(each.version, each.workers) for each in released}
         server.bring_up(expected, timeout=settings.timeout, progress=lambda line: _say(settings, line))
+        if not running:
+            _forget_others(settings)
     with live.client(settings) as client:
         proofs = [proof.prove(client, each, _golden(settings, each), pinned=False) for each in released]
     _show(settings, record, released, proofs, running=running)
@@ -46,6 +48,14 @@ def _released(places: Places) -> list[ArchiveRecord]:
     with journal.open(places.store) as book:
         releases = book.releases().values()
     return [records.record(places.store, release.model, release.version) for release in releases]
+
+
+def _forget_others(places: Places) -> None:
+    """A server that was just started holds the released versions alone."""
+    with journal.open(places.store) as book:
+        for model, release in book.releases().items():
+            for version in sorted(book.live(model) - {release.version}):
+                book.add(model, version, "retired", why="the server was started again")
 
 
 def _load_new_models(server: Server, released: Iterable[ArchiveRecord], seconds: float) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from marwright import cli
 from marwright.errors import ServerError
 from marwright.packing import records
-from marwright.release import journal, rollout
+from marwright.release import journal, loading, reconcile, turns
 from marwright.release.answers import ModelStatus
 from marwright.release.server import Server
 from marwright.settings import Places, StatusSettings
@@ -41,25 +41,41 @@ def main(settings: StatusSettings) -> int:
                 serving = {
                     (model, version): status
                     for model in client.models()
-                    for version, status in rollout.versions(client, model).items()
+                    for version, status in loading.versions(client, model).items()
                 }
         except ServerError as error:
             trouble = str(error)
     rows = table(settings, serving, server if running else None)
+    attention = [row.trouble for row in rows if row.trouble] + ([trouble] if trouble else [])
+    if running is not None and not trouble:
+        attention += against_journal(settings, serving)
     if settings.json:
-        attention = [row.trouble for row in rows if row.trouble] + ([trouble] if trouble else [])
         versions = [row.__dict__ for row in rows]
         print(json.dumps({"running": running is not None, "versions": versions, "attention": attention}))
         return 0
     show(rows)
     print(f"TorchServe: {f'running, pid {running.pid}' if running else 'not running (make serve starts it)'}")
-    for line in [row.trouble for row in rows if row.trouble] + ([trouble] if trouble else []):
+    for line in attention:
         print(f"attention: {line}")
     return 0
 
 
+def against_journal(places: Places, serving: dict[tuple[str, str], ModelStatus]) -> list[str]:
+    """Where the server differs from the journal, a sentence each."""
+    found = []
+    with journal.open(places.store) as book:
+        for model in book.releases():
+            held = {version: status for (name, version), status in serving.items() if name == model}
+            holder = turns.holder(places.store, model)
+            if holder:
+                found.append(f"{model} is being changed: {holder}")
+                continue
+            found += [each.sentence for each in reconcile.differences(book, model, held)]
+    return [*found, *(["`marwright reconcile` mends that"] if found else [])]
+
+
 def table(places: Places, serving: dict[tuple[str, str], ModelStatus], server: Server | None) -> list[Row]:
-    """A row for each archive in the store; `trouble` where the journal and the running server differ."""
+    """A row for each archive in the store; `trouble` where one that is released cannot answer."""
     with journal.open(places.store) as book:
         released = book.releases()
     rows = []
@@ -72,12 +88,6 @@ def table(places: Places, serving: dict[tuple[str, str], ModelStatus], server: S
             trouble = (
                 f"{record.file} is released and missing from {places.store}: put it back, or make release VERSION=…"
             )
-        elif status is not None and status.default and not chosen:
-            trouble = (
-                f"{record.model} {record.version} answers, the journal says {release.version if release else 'none'}"
-            )
-        elif chosen and server and status is None:
-            trouble = f"{record.model} {record.version} is released, the server has not loaded it: make stop serve"
         elif server and chosen and status is not None and status.ready_workers < record.workers:
             words = server.last_words(record.model, record.version) or "logs/model_log.log has their own words"
             trouble = (

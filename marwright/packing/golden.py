@@ -84,6 +84,12 @@ def read(path: Path) -> tuple[Golden, ...]:
     )
 
 
+def spec(path: Path) -> ModelSpec:
+    """`spec.json` of an archive (a `.mar`, or the folder it was unpacked into)."""
+    root = zipfile.Path(path) if path.is_file() else path
+    return ModelSpec.from_json((root / "spec.json").read_text(encoding="utf-8"))
+
+
 def differences(golden: Sequence[Golden], answers: Sequence[Mapping[str, float]]) -> list[str]:
     """What is wrong with the answers, a line each; empty when all are right.
 

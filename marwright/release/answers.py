@@ -25,6 +25,8 @@ class Answer:
     version: str = ""
     bundle: str = ""
     request_id: str = ""
+    worker: int = 0
+    """Process id of the worker that answered; a drain wants an answer from each."""
 
     @classmethod
     def from_headers(cls, body: bytes, status: int, headers: Mapping[str, str]) -> Answer:
@@ -36,6 +38,7 @@ class Answer:
             version=headers.get("X-Model-Version", ""),
             bundle=headers.get("X-Bundle-Digest", ""),
             request_id=headers.get("x-request-id", ""),
+            worker=int(headers.get("X-Worker-Pid", "0")),
         )
 
     @classmethod
@@ -52,6 +55,7 @@ class Answer:
                 version=str(value["version"]),
                 bundle=str(value.get("bundle", "")),
                 request_id=str(value.get("request_id", "")),
+                worker=int(value.get("worker", 0)),
             )
         if isinstance(value, dict) and value.keys() == {"code", "reason"} and int(value["code"]) >= 400:
             raise_refusal(what, int(value["code"]), value)

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Self
 from urllib.parse import quote
 
 from marwright.errors import SettingsError
 from marwright.release.answers import Answer, ModelStatus
 from marwright.release.grpc_api import GrpcApi
+from marwright.release.patience import Patience
 from marwright.release.properties import ServerConfig
 from marwright.release.protos import inference_pb2, management_pb2
 from marwright.release.rest_api import RestApi
@@ -32,12 +33,25 @@ Body = bytes | Mapping[str, Any] | Sequence[Any]
 class Client:
     """One server. Safe to share between threads that only call; close it, or use it in a `with`."""
 
-    def __init__(self, config: ServerConfig, tokens: Tokens | None, *, timeout: float = 10.0) -> None:
-        """`tokens` may be None when the configuration turns token authorization off."""
+    def __init__(
+        self,
+        config: ServerConfig,
+        tokens: Tokens | None,
+        *,
+        timeout: float = 10.0,
+        patience: Patience | None = None,
+        told: Callable[[str], object] | None = None,
+    ) -> None:
+        """`tokens` may be None when the configuration turns token authorization off.
+
+        `patience` is for management calls that fail in passing; `told` hears of every call before it is made.
+        """
         self.config = config
         self.timeout = timeout
         self._tokens = tokens if config.token_auth else None
-        self._rest = RestApi(config, self._tokens, timeout=timeout)
+        self._patience = patience
+        self._told = told
+        self._rest = RestApi(config, self._tokens, timeout=timeout, patience=patience, told=told)
         self._grpc: GrpcApi | None = None
 
     def __enter__(self) -> Self:
@@ -331,7 +345,7 @@ class Client:
 
     def _api(self) -> GrpcApi:
         if self._grpc is None:
-            self._grpc = GrpcApi(self.config, self._tokens)
+            self._grpc = GrpcApi(self.config, self._tokens, patience=self._patience, told=self._told)
         return self._grpc
 
     def _infer(

@@ -14,6 +14,7 @@ from google.protobuf.message import Message
 
 from marwright.errors import ServerUnreachable
 from marwright.release import answers
+from marwright.release.patience import Patience
 from marwright.release.properties import ServerConfig
 from marwright.release.protos import inference_pb2, management_pb2
 from marwright.release.tokens import Kind, Tokens
@@ -47,8 +48,17 @@ _STATUS_BY_CODE = {
 class GrpcApi:
     """One channel to each of the two gRPC ports; safe to share between threads."""
 
-    def __init__(self, config: ServerConfig, tokens: Tokens | None) -> None:
+    def __init__(
+        self,
+        config: ServerConfig,
+        tokens: Tokens | None,
+        *,
+        patience: Patience | None = None,
+        told: Callable[[str], object] | None = None,
+    ) -> None:
         self._tokens = tokens
+        self._patience = patience
+        self._told = told
         self._max_request_size = config.max_request_size
         options = [
             ("grpc.max_send_message_length", -1),
@@ -94,9 +104,15 @@ class GrpcApi:
             self._raise(error, "StreamPredictions", "inference", timeout)
 
     def manage(self, name: str, request: Message, *, timeout: float) -> str:
-        """One call of the management service; its reply is a JSON text or a sentence."""
-        reply = self._call("management", _MANAGEMENT + name, request, management_pb2.ManagementResponse, timeout)
-        return str(reply.msg)
+        """One call of the management service, insisted on unless it registers; its reply is JSON or a sentence."""
+
+        def once() -> str:
+            reply = self._call("management", _MANAGEMENT + name, request, management_pb2.ManagementResponse, timeout)
+            return str(reply.msg)
+
+        if self._patience is None or name == "RegisterModel":
+            return once()
+        return self._patience.insist(once)
 
     def _fits(self, request: Message) -> None:
         """The server only resets the stream of a request that is too large; REST has a 413 for it."""
@@ -104,6 +120,9 @@ class GrpcApi:
             answers.raise_refusal("gRPC prediction", 413, b"the request is larger than max_request_size")
 
     def _call(self, kind: Kind, path: str, request: Message, reply: Any, timeout: float) -> Any:
+        if self._told is not None:
+            fields = [str(value) for field, value in request.ListFields() if field.cpp_type == field.CPPTYPE_STRING]
+            self._told(" ".join(["gRPC", path.rpartition("/")[2], *fields]))
         call = self._channels[kind].unary_unary(
             path,
             request_serializer=type(request).SerializeToString,

@@ -15,6 +15,7 @@ snapshots and a restart change nothing.
 | switching    | was, why                                   | from now on it may answer by default              |
 | released     | was, proven, why, running, back            | it should be answering by default                 |
 | rolling back | id, reason, champion                       | a rollout fails; `rolled back` when it is over    |
+| reconciled   | why                                        | the server was made what this says                |
 | retiring     | why                                        | on its way out of the server: `retired` or `kept` |
 """
 
@@ -35,10 +36,9 @@ from marwright.errors import RolloutError
 
 FILE = "journal.db"
 BUSY_SECONDS = 20.0
-_OVER_FUSE = ("sshfs", "ceph", "glusterfs", "s3fs", "gcsfuse", "rclone")
 NETWORK = frozenset(
-    ("nfs", "nfs4", "cifs", "smb2", "smb3", "smbfs", "afs", "ceph", "lustre", "glusterfs", "gpfs", "beegfs")
-    + tuple(f"fuse.{name}" for name in _OVER_FUSE)
+    ["nfs", "nfs4", "cifs", "smb2", "smb3", "smbfs", "afs", "ceph", "lustre", "glusterfs", "gpfs", "beegfs"]
+    + [f"fuse.{name}" for name in ("sshfs", "ceph", "glusterfs", "s3fs", "gcsfuse", "rclone")]
 )
 """File systems on which SQLite's locks cannot be trusted."""
 
@@ -113,6 +113,7 @@ class Journal:
     def __init__(self, database: sqlite3.Connection, path: Path) -> None:
         self._database = database
         self._path = path
+        self.store = path.parent
 
     def add(self, model: str, version: str, event: str, **detail: Any) -> None:
         """One more entry, on disk when this returns."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import requests
 
 from marwright.errors import ServerUnreachable
 from marwright.release import answers
+from marwright.release.patience import Patience
 from marwright.release.properties import ServerConfig
 from marwright.release.tokens import Kind, Tokens
 
@@ -20,8 +21,18 @@ _CONNECT_SECONDS = 5.0
 class RestApi:
     """Connections to the three HTTP ports, kept open between calls."""
 
-    def __init__(self, config: ServerConfig, tokens: Tokens | None, *, timeout: float) -> None:
+    def __init__(
+        self,
+        config: ServerConfig,
+        tokens: Tokens | None,
+        *,
+        timeout: float,
+        patience: Patience | None = None,
+        told: Callable[[str], object] | None = None,
+    ) -> None:
         self._config = config
+        self._patience = patience
+        self._told = told
         self._tokens = tokens
         self._timeout = timeout
         self._session = requests.Session()
@@ -40,10 +51,30 @@ class RestApi:
         timeout: float | None = None,
         **request: Any,
     ) -> requests.Response:
-        """One call, and a second one when the token was refused and there is a better one.
+        """One call, insisted on where it is not a prediction and not a POST.
 
         ServerRefused for every status from 400 on; ServerUnreachable when nobody answers, or not in time.
         """
+
+        def once() -> requests.Response:
+            if self._told is not None:
+                self._told(f"{method} {path}")
+            return self._once(method, port, path, headers, timeout, request)
+
+        if self._patience is None or port == "inference" or method == "POST":
+            return once()
+        return self._patience.insist(once)
+
+    def _once(
+        self,
+        method: str,
+        port: Port,
+        path: str,
+        headers: Mapping[str, str] | None,
+        timeout: float | None,
+        request: Mapping[str, Any],
+    ) -> requests.Response:
+        """One call, and a second one when the token was refused and there is a better one."""
         url = getattr(self._config, f"{port}_url") + path
         kind: Kind = "management" if port == "management" else "inference"
         token = self._tokens.key(kind) if self._tokens else None

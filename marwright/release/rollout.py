@@ -1,108 +1,246 @@
-"""Bring a built version to answer, beside the one that does, with proof before and after; and back when it fails.
+"""Bring a built version to answer instead of the one that does, without losing a request, and back when it is worse.
 
-    registered   loaded under its own version; the champion goes on answering
-    ready        READY workers, the right bundle, golden examples answered at the pinned URL, over REST and gRPC
-    promoted     the default switched, and the same proof had once more on the default URL
+    state = rollout.begin(rig)
+    while not state.ended:
+        state = rollout.advance(state, rig)
 
-Each step is in the journal before it is made. Whatever goes wrong on the way, the champion is the default again and the
-challenger is unregistered: `RolledBack` says why.
+| phase      | done when                                                                                             |
+|------------|-------------------------------------------------------------------------------------------------------|
+| verified   | the file is the one that was built; a clean process loads it and answers its golden examples          |
+| registered | the server has it, under its own version; the champion goes on answering                              |
+| ready      | READY workers, the right bundle, golden answers at the pinned URL, over REST and gRPC                 |
+| shadowed   | the same requests to both: errors, agreement, latency, memory                                         |
+| gated      | `gate.decide` on labelled examples; inconclusive means another look with more of them                 |
+| promoted   | the default switched, `released` in the journal, golden answers on the default URL                    |
+| watched    | for a time: golden answers, latency, worker restarts, errors of the server                            |
+| settled    | the old version owes no answer; it stays warm for the rollback window, then it is retired             |
+
+Each phase is in the journal before it begins and when it is done, and may be begun again: a rollout whose process was
+killed goes on from its last phase (`unfinished`). Whatever goes wrong on the way, the champion is the default again and
+the challenger is unregistered. A rollback is the same with fewer phases, towards a version that answered before.
 """
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from dataclasses import replace
 
-from marwright.errors import MarwrightError, NotReady, RolledBack
-from marwright.packing.golden import Golden
-from marwright.packing.records import ArchiveRecord
-from marwright.release import proof
-from marwright.release.answers import ModelStatus
-from marwright.release.client import Client
-from marwright.release.journal import Journal
-from marwright.release.proof import Proof
+from marwright.errors import MarwrightError, RolledBack, RolloutError, ServerError
+from marwright.packing import records
+from marwright.release import loading, retiring, serving
+from marwright.release.gate import Verdict
+from marwright.release.journal import Entry, Journal
+from marwright.release.phases import PHASES, STEPS, Inconclusive, Rig, State, note
 
-Progress = Callable[[str], None]
+_CTRL_C = "interrupted by Ctrl-C"
 
 
-def roll_out(
-    client: Client,
-    challenger: ArchiveRecord,
-    examples: Sequence[Golden],
-    *,
-    book: Journal,
-    seconds: float,
-    progress: Progress,
-) -> Proof:
-    """Register, prove, promote, prove; the proven release is in the journal when this returns.
+def begin(rig: Rig) -> State:
+    """A new rollout; RolloutError where the journal or the server is not fit for one."""
+    left = unfinished(rig.book, rig.model)
+    if left is not None:
+        raise RolloutError(
+            f"the {left.kind} of {left.model} {left.version} was interrupted in phase {left.next}",
+            hint=f"marwright rollout --resume --model {rig.model}",
+        )
+    answers = loading.default_version(rig.client, rig.model)
+    released = rig.book.released(rig.model)
+    if answers != (released.version if released else None):
+        raise RolloutError(
+            f"{answers or 'no version'} of {rig.model} answers, the journal says"
+            f" {released.version if released else 'none'}",
+            hint="marwright reconcile",
+        )
+    used = (int(entry.detail["id"]) for entry in rig.book.entries(rig.model, event="rollout"))
+    return State(1 + max(used, default=0), rig.model, rig.challenger.version, answers, kind=rig.kind)
 
-    `seconds` is for its workers to become ready. The version that answered before stays loaded.
-    """
-    champion = default_version(client, challenger.model)
-    if champion == challenger.version:
-        seen = proof.prove(client, challenger, examples, pinned=False)
-        book.release(challenger.model, challenger.version, proven=True, why="rollout: it answered already, proved")
-        return seen
+
+def advance(state: State, rig: Rig) -> State:
+    """One phase further, journalled before and after; or, once something went wrong, back to the champion."""
+    if state.failing:
+        return _go_back(state, rig)
+    phase = state.next
     try:
-        progress(f"loading {challenger.model} {challenger.version} beside {champion or 'nothing'}")
-        book.add(challenger.model, challenger.version, "rollout", phase="registered", champion=champion)
-        load(client, challenger, seconds=seconds)
-        seen = proof.prove(client, challenger, examples)
-        progress(f"{seen.examples} golden examples answered rightly over REST and gRPC")
-        book.add(challenger.model, challenger.version, "rollout", phase="promoted", champion=champion)
-        client.set_default(challenger.model, challenger.version)
-        seen = proof.prove(client, challenger, examples, pinned=False)
-    except (MarwrightError, KeyboardInterrupt) as error:
-        reason = str(error) or "interrupted"
-        book.add(challenger.model, challenger.version, "rolled back", reason=reason, champion=champion)
-        still = f"{champion} answers" if champion else "no version answers"
+        note(rig, state, phase, "begin")
+        facts = STEPS[phase](state, rig)
+        note(rig, state, phase, "done", **facts)
+    except Inconclusive as more:
+        looks = state.looks + 1
+        last = looks >= rig.policy.gate.looks
         try:
-            _roll_back(client, challenger, champion)
-        except MarwrightError as trouble:
-            still = f"the server could not be told ({trouble.message}); its next start answers {champion}"
-        if isinstance(error, KeyboardInterrupt):
+            note(rig, state, phase, "verdict" if last else "look", verdict=more.verdict.to_dict())
+        except RolloutError as error:
+            return replace(state, failing=f"{phase}: {error}")
+        reason = f"{phase}: inconclusive after {looks} looks: {more.verdict.reason}"
+        return replace(state, looks=looks, failing=reason if last else "")
+    except MarwrightError as error:
+        if phase == "settled":  # the new version has shown itself: this is no reason to go back
             raise
-        name = f"{challenger.model} {challenger.version}"
-        raise RolledBack(f"{name} was rolled back, {still}", reason=reason, hint="make status") from error
-    book.release(challenger.model, challenger.version, proven=True, why="rollout: golden examples over REST and gRPC")
-    return seen
+        return replace(state, failing=f"{phase}: {error}")
+    except KeyboardInterrupt:
+        if phase == "settled":
+            raise
+        return replace(state, failing=f"{phase}: {_CTRL_C}")
+    return replace(
+        state,
+        phase=phase,
+        facts={**state.facts, **facts},
+        ended="settled" if phase == PHASES[state.kind][-1] else "",
+    )
 
 
-def load(client: Client, record: ArchiveRecord, *, seconds: float) -> None:
-    """Have the server hold that version with its READY workers; NotReady when it has not in time."""
-    until = time.monotonic() + seconds
-    if record.version not in versions(client, record.model):
+def run(state: State, rig: Rig) -> State:
+    """To its end. RolledBack where that is where it began; KeyboardInterrupt where Ctrl-C was the reason."""
+    while not state.ended:
         try:
-            client.register(record.file, initial_workers=record.workers, synchronous=True, timeout=seconds)
-        except MarwrightError:
-            with contextlib.suppress(MarwrightError):  # a failed register may leave the version behind (fact 18)
-                client.unregister(record.model, record.version)
-            raise
-    while versions(client, record.model)[record.version].ready_workers < record.workers:
-        if time.monotonic() > until:
-            raise NotReady(
-                f"{record.model} {record.version} has no ready workers after {seconds:.0f} s",
-                hint="logs/model_log.log has the workers' own words",
-            )
-        time.sleep(0.2)
+            state = advance(state, rig)
+        except KeyboardInterrupt:
+            if not state.failing:
+                raise
+            rig.progress("one moment: the champion has to be the default before this ends")
+    if state.ended == "settled":
+        return state
+    if state.failing.endswith(_CTRL_C):
+        raise KeyboardInterrupt
+    left = f"\n{state.left}" if state.left else ""
+    raise RolledBack(
+        f"{state.model} {state.version} was rolled back, {_what_answers(state, rig)}",
+        reason=f"{state.failing}{left}",
+        hint="marwright releases",
+    )
 
 
-def versions(client: Client, model: str) -> dict[str, ModelStatus]:
-    """The versions of a model that the server has loaded; none where it does not know the model."""
-    if model not in client.models():
-        return {}
-    return {status.version: status for status in client.describe(model, "all")}
+def unfinished(book: Journal, model: str) -> State | None:
+    """The rollout that has neither settled nor been rolled back; None where there is none."""
+    entries = [entry for entry in book.entries(model) if entry.event in ("rollout", "rolling back", "rolled back")]
+    state: State | None = None
+    for entry in entries:
+        begins = state is None or state.id != entry.detail["id"]
+        state = _after(_first(entry) if begins or state is None else state, entry)
+    return None if state is None or state.ended else state
 
 
-def default_version(client: Client, model: str) -> str | None:
-    """The version that answers on the default URL."""
-    return next((version for version, status in versions(client, model).items() if status.default), None)
+def last_verdict(book: Journal, model: str, version: str) -> Verdict | None:
+    """What the gate said of that version last."""
+    said = [entry for entry in book.entries(model, event="rollout") if "verdict" in entry.detail]
+    said = [entry for entry in said if entry.version == version]
+    return Verdict.from_dict(said[-1].detail["verdict"]) if said else None
 
 
-def _roll_back(client: Client, challenger: ArchiveRecord, champion: str | None) -> None:
-    """The champion is the default, and the challenger's workers are gone."""
-    if champion is not None and default_version(client, challenger.model) != champion:
-        client.set_default(challenger.model, champion)
-    if challenger.version in versions(client, challenger.model):
-        client.unregister(challenger.model, challenger.version)
+def due(book: Journal, model: str) -> dict[str, float]:
+    """Versions that stay warm after a rollout, and until when (Unix seconds)."""
+    warm: dict[str, float] = {}
+    for entry in book.entries(model):
+        if entry.event == "rollout" and entry.detail.get("warm"):
+            warm[entry.detail["warm"]] = float(entry.detail["warm_until"])
+        elif entry.event in ("retired", "released", "rolled back"):
+            warm.pop(entry.version, None)
+    return warm
+
+
+# -------------------------------------------------------------------- private
+
+
+def _first(entry: Entry) -> State:
+    detail = entry.detail
+    return State(detail["id"], entry.model, entry.version, detail["champion"], kind=detail.get("kind", "rollout"))
+
+
+def _after(state: State, entry: Entry) -> State:
+    detail = entry.detail
+    if entry.event == "rolled back":
+        return replace(state, ended="rolled back")
+    if entry.event == "rolling back":
+        return replace(state, failing=detail["reason"])
+    if detail["step"] == "look":
+        return replace(state, looks=state.looks + 1)
+    if detail["step"] != "done":
+        return state
+    facts = {key: value for key, value in detail.items() if key not in ("id", "kind", "phase", "step", "champion")}
+    return replace(
+        state,
+        phase=detail["phase"],
+        facts={**state.facts, **facts},
+        ended="settled" if detail["phase"] == PHASES[state.kind][-1] else "",
+    )
+
+
+def _go_back(state: State, rig: Rig) -> State:
+    """The champion is the default, the challenger is gone; as far as the server can still be told."""
+    rig.progress(f"going back to {state.champion or 'nothing'}: {state.failing}")
+    about = {"id": state.id, "reason": state.failing, "champion": state.champion}
+    try:
+        rig.book.add(state.model, state.version, "rolling back", **about)
+        released = rig.book.released(state.model)
+        switched = state.champion is not None and released is not None and released.version != state.champion
+        if switched and state.champion:
+            rig.book.add(state.model, state.champion, "switching", why=f"rolled back from {state.version}")
+    except RolloutError as trouble:
+        _leave_as_journalled(state, rig, trouble)
+    left = []
+    try:
+        _champion_by_default(state, rig)
+    except ServerError as error:
+        left.append(f"the server could not be told to let {state.champion} answer: {error.message}")
+    try:
+        if switched and state.champion:
+            why = f"rolled back from {state.version}: {state.failing.splitlines()[0]}"
+            rig.book.release(state.model, state.champion, proven=True, why=why, running=True, back=True)
+            serving.refresh(rig.config, rig.store)
+        if not left:
+            left += filter(None, [_challenger_out(state, rig)])
+        rig.book.add(state.model, state.version, "rolled back", **about, left=left)
+    except RolloutError as trouble:
+        _leave_as_journalled(state, rig, trouble)
+    return replace(state, ended="rolled back", left="\n".join(left))
+
+
+def _champion_by_default(state: State, rig: Rig) -> None:
+    if state.champion is None or loading.default_version(rig.client, state.model) == state.champion:
+        return
+    champion = records.record(rig.store, state.model, state.champion)
+    began = time.time()
+    loading.register(rig.client, champion, seconds=rig.policy.server.call_seconds)
+    seconds = rig.policy.ready.seconds
+    loading.wait_ready(rig.client, champion, server=rig.server, since=began, seconds=seconds)
+    rig.client.set_default(state.model, state.champion)
+
+
+def _challenger_out(state: State, rig: Rig) -> str:
+    """Unregister it, drained as far as it can be; what is left to say, in words."""
+    settle = rig.policy.settle
+    try:
+        held = loading.versions(rig.client, state.model)
+        if state.version not in held or (held[state.version].default and state.champion is None):
+            return ""
+        return retiring.force_out(
+            rig.client,
+            state.model,
+            state.version,
+            rig.probe(state.version),
+            idle=settle.idle_seconds,
+            seconds=settle.drain_seconds,
+        )
+    except ServerError as error:
+        return f"{state.version} could not be taken out of the server: {error.message}"
+
+
+def _leave_as_journalled(state: State, rig: Rig, trouble: RolloutError) -> None:
+    """The journal cannot be written, so nothing is decided any more: the server is made what it says."""
+    with contextlib.suppress(MarwrightError):
+        released = rig.book.released(state.model)
+        if released is not None and loading.default_version(rig.client, state.model) != released.version:
+            rig.client.set_default(state.model, released.version)
+    raise RolloutError(
+        f"the {state.kind} of {state.model} {state.version} stopped: {state.failing}\n{trouble.message}",
+        hint=f"put that right, then marwright rollout --resume --model {state.model}",
+    ) from trouble
+
+
+def _what_answers(state: State, rig: Rig) -> str:
+    try:
+        answers = loading.default_version(rig.client, state.model)
+    except MarwrightError:
+        return f"the server cannot be asked; its next start answers {state.champion or 'nothing'}"
+    return f"{answers} answers" if answers else "no version answers"

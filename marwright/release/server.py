@@ -34,6 +34,7 @@ from marwright.errors import NotReady, ServerRefused, ServerUnreachable, Setting
 from marwright.release import lastwords, processes
 from marwright.release.client import Client
 from marwright.release.lastwords import Mark, WorkerWords
+from marwright.release.patience import Patience
 from marwright.release.processes import Running
 from marwright.release.properties import ServerConfig
 from marwright.release.tokens import Tokens
@@ -78,12 +79,23 @@ class Server:
     def config(self) -> ServerConfig:
         return ServerConfig.from_file(self.serving)
 
-    def client(self, *, timeout: float = 10.0) -> Client:
-        """A client of this server, with the keys of the folder in which it runs."""
+    def client(
+        self,
+        *,
+        timeout: float = 10.0,
+        patience: float | None = None,
+        told: Callable[[str], object] | None = None,
+    ) -> Client:
+        """A client of this server, with the keys of the folder in which it runs.
+
+        With `patience`, management calls that fail in passing are insisted on for so many seconds, while it runs.
+        """
         found = self.find()
         config = self.config()
         key_file = found.key_file if found else self.home / "key_file.json"
-        return Client(config, Tokens(key_file, config) if config.token_auth else None, timeout=timeout)
+        tokens = Tokens(key_file, config) if config.token_auth else None
+        insisting = None if patience is None else Patience(patience, alive=lambda: self.find() is not None)
+        return Client(config, tokens, timeout=timeout, patience=insisting, told=told)
 
     @contextlib.contextmanager
     def lock(self, path: Path, *, timeout: float = 600.0, progress: Progress | None = None) -> Iterator[None]:
@@ -196,6 +208,12 @@ class Server:
                 )
             time.sleep(0.2)
 
+    def refuse_dying(self, model: str, version: str, *, since: float) -> None:
+        """NotReady, with their own words, when workers of that version cannot start; `since` is in Unix seconds."""
+        began = _log_time(since)
+        names = (self.logs / "model_log.log", self.logs / "ts_log.log")
+        self._refuse_dying(model, Expected(version), (*(Mark(path, since=began) for path in names), Mark(self.output)))
+
     def last_words(self, model: str, version: str) -> str:
         """Why workers of that version do not start, on one line, in their own words; "" where none complained."""
         log = self._mark(of=self.find())[0]
@@ -301,7 +319,7 @@ class Server:
         names = (self.logs / "model_log.log", self.logs / "ts_log.log")
         if of is None:
             return (*(Mark.end_of(path) for path in names), Mark(self.output))
-        began = datetime.fromtimestamp(of.process.create_time()).isoformat(timespec="milliseconds").replace(".", ",")
+        began = _log_time(of.process.create_time())
         return (*(Mark(path, since=began) for path in names), Mark(self.output))
 
     def _server_words(self, marks: tuple[Mark, ...]) -> str:
@@ -373,6 +391,11 @@ class Server:
                 progress("; ".join(named) + "; waiting for it")
                 told = True
             time.sleep(0.2)
+
+
+def _log_time(seconds: float) -> str:
+    """As a line of the logs begins: local time."""
+    return datetime.fromtimestamp(seconds).isoformat(timespec="milliseconds").replace(".", ",")
 
 
 _LOGS_HINT = "logs/ts_log.log and logs/server.log hold all that TorchServe said"

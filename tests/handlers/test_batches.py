@@ -59,6 +59,7 @@ def test_every_answer_over_rest_says_who_gave_it(digits: Any) -> None:
     handler, context = digits
     good, bad = context.ask(handler, [Sent({"body": png(0)}, HTTP), Sent({"body": b"no"}, HTTP)])
     identity = {"X-Model-Name": "digits", "X-Model-Version": "1.0", "X-Bundle-Digest": handler.bundle.digest}
+    identity["X-Worker-Pid"] = str(os.getpid())
     assert identity.items() <= good.headers.items()
     assert good.headers == bad.headers
     assert (good.status, bad.status) == (200, 415)
@@ -148,7 +149,7 @@ def test_over_grpc_meta_puts_everything_in_the_body(digits: Any) -> None:
         handler,
         [Sent({"data": bytearray(png(0))}, GRPC), Sent(fields, GRPC), Sent({"data": b"", "meta": b"1"}, GRPC)],
     )
-    identity = {"model": "digits", "version": "1.0", "bundle": handler.bundle.digest}
+    identity = {"model": "digits", "version": "1.0", "bundle": handler.bundle.digest, "worker": os.getpid()}
     assert good.json == {"prediction": plain.json, "status": 200, **identity, "request_id": "request-1"}
     reason = "the image is empty: no bytes arrived"
     assert bad.json == {"prediction": None, "status": 400, **identity, "request_id": "request-2", "reason": reason}

@@ -24,7 +24,7 @@ def finite(value: Any) -> bool:
 def check(oddity: Oddity, answer: Answer) -> None:
     assert answer.status == oddity.status, answer.body[:300]
     assert answer.headers["content-type"] == "application/json"
-    assert {"X-Model-Name", "X-Model-Version", "X-Bundle-Digest"} <= answer.headers.keys()
+    assert {"X-Model-Name", "X-Model-Version", "X-Bundle-Digest", "X-Worker-Pid"} <= answer.headers.keys()
     assert "ts_stream_next" not in answer.headers
     assert finite(answer.json)
     if oddity.status != 200:

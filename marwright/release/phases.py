@@ -1,0 +1,368 @@
+"""The phases of a rollout, one function each: what is done, and what must be seen, before the next one may begin.
+
+A phase may be begun twice: when the process was killed in the middle of one, it is begun again. It returns what it
+found out, for the journal and for later phases, and raises the reason to go back.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any, Literal
+
+import numpy as np
+
+from marwright.errors import NotReady, RolloutError, ServerError
+from marwright.packing import golden, records, replay
+from marwright.packing.golden import Golden
+from marwright.packing.records import ArchiveRecord
+from marwright.release import gate, loading, proof, retiring, serving, shadow
+from marwright.release.client import Client
+from marwright.release.gate import Observed, Verdict
+from marwright.release.journal import Journal
+from marwright.release.policy import Policy
+from marwright.release.server import Server
+from marwright.release.shadow import Holdout, Sample
+
+Kind = Literal["rollout", "rollback"]
+PHASES: Mapping[str, tuple[str, ...]] = {
+    "rollout": ("verified", "registered", "ready", "shadowed", "gated", "promoted", "watched", "settled"),
+    "rollback": ("registered", "ready", "promoted", "settled"),
+}
+
+
+@dataclass(frozen=True)
+class State:
+    """How far a rollout is. All of it can be read from the journal."""
+
+    id: int
+    model: str
+    version: str
+    champion: str | None
+    """What answered when it began."""
+    kind: Kind = "rollout"
+    phase: str = ""
+    """The last one that is done."""
+    looks: int = 0
+    """Of the gate, so far inconclusive."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """What the phases found out."""
+    failing: str = ""
+    """Why it goes back."""
+    ended: Literal["", "settled", "rolled back"] = ""
+    left: str = ""
+    """What could not be put back, in words."""
+
+    @property
+    def next(self) -> str:
+        phases = PHASES[self.kind]
+        return phases[phases.index(self.phase) + 1 if self.phase else 0]
+
+
+@dataclass(frozen=True)
+class Rig:
+    """What a rollout works with."""
+
+    server: Server
+    client: Client
+    book: Journal
+    store: Path
+    config: Path
+    policy: Policy
+    challenger: ArchiveRecord
+    kind: Kind = "rollout"
+    why: str = ""
+    samples: Sequence[Sample] = ()
+    """To be replayed to both versions; golden examples where there are none."""
+    holdout: Holdout | None = None
+    """For the gate; only a model's first release does without."""
+    progress: Callable[[str], object] = print
+
+    @property
+    def model(self) -> str:
+        return self.challenger.model
+
+    def golden(self, version: str) -> tuple[Golden, ...]:
+        return golden.read(self.store / records.record(self.store, self.model, version).file)
+
+    def probe(self, version: str) -> Sample:
+        """A request that this version certainly answers."""
+        return shadow.from_golden(self.golden(version))[0]
+
+
+class Inconclusive(Exception):
+    """The gate wants another look."""
+
+    def __init__(self, verdict: Verdict) -> None:
+        super().__init__(verdict.reason)
+        self.verdict = verdict
+
+
+def _verified(state: State, rig: Rig) -> dict[str, Any]:
+    rig.progress(f"verifying {rig.challenger.file} in a clean process")
+    records.check_whole(rig.challenger, rig.store)
+    replay.prove(rig.store / rig.challenger.file)
+    return {"sha256": rig.challenger.sha256}
+
+
+def _registered(state: State, rig: Rig) -> dict[str, Any]:
+    rig.progress(f"loading {state.model} {state.version} beside {state.champion or 'nothing'}")
+    began = time.time()
+    loading.register(rig.client, rig.challenger, seconds=rig.policy.server.call_seconds)
+    return {"began": began}
+
+
+def _ready(state: State, rig: Rig) -> dict[str, Any]:
+    pids = loading.wait_ready(
+        rig.client,
+        rig.challenger,
+        server=rig.server,
+        since=float(state.facts.get("began", 0.0)),
+        seconds=rig.policy.ready.seconds,
+    )
+    seen = proof.prove(rig.client, rig.challenger, rig.golden(state.version))
+    rig.progress(f"{seen.examples} golden examples answered rightly over REST and gRPC")
+    return {"pids": pids, "golden": seen.examples, "golden_seconds": round(seen.seconds, 6)}
+
+
+def _shadowed(state: State, rig: Rig) -> dict[str, Any]:
+    policy = rig.policy.shadow
+    if state.champion is None or not policy.requests:
+        return {"shadow": "nothing to compare with" if policy.requests else "switched off"}
+    known = rig.samples or shadow.from_golden(rig.golden(state.version))
+    chosen = [known[number % len(known)] for number in range(policy.requests)]
+    rig.progress(f"{len(chosen)} requests to {state.champion} and {state.version}")
+    champion, challenger = shadow.side_by_side(rig.client, state.model, (state.champion, state.version), chosen)
+    agreement = shadow.agreement(champion, challenger)
+    grown = max(0, challenger.grown - champion.grown) / 1e6
+    ratio = challenger.median / champion.median
+    answered = [one is not None for one in champion.answers]
+    missed = sum(ours and other is None for ours, other in zip(answered, challenger.answers, strict=True))
+    _same_workers(state, rig)
+    if not any(answered):
+        raise RolloutError(
+            f"the champion {state.champion} answered none of {len(chosen)} requests: {champion.errors[0]}"
+        )
+    if missed > policy.max_errors:
+        raise RolloutError(
+            f"errors: {missed} of {len(chosen)} requests that {state.champion} answered, limit {policy.max_errors};"
+            f" the first: {challenger.errors[0]}"
+        )
+    if agreement < policy.min_agreement:
+        raise RolloutError(f"agreement with {state.champion} is {agreement:.1%}, limit {policy.min_agreement:.1%}")
+    if ratio > policy.max_latency_ratio:
+        raise RolloutError(
+            f"median latency {challenger.median * 1000:.1f} ms, {state.champion} has {champion.median * 1000:.1f} ms:"
+            f" {ratio:.2f} times, limit {policy.max_latency_ratio:g}"
+        )
+    if grown > policy.max_growth_mb:
+        raise RolloutError(
+            f"its worker grew by {grown:.0f} MB more than that of {state.champion} over {len(chosen) // 2} requests,"
+            f" limit {policy.max_growth_mb:g} MB"
+        )
+    rig.progress(f"agreement {agreement:.1%}, latency {ratio:.2f} times, no errors")
+    return {
+        "agreement": round(agreement, 4),
+        "latency_ratio": round(ratio, 3),
+        "latency": round(challenger.median, 6),
+        "grown_mb": round(grown, 1),
+    }
+
+
+def _gated(state: State, rig: Rig) -> dict[str, Any]:
+    if state.champion is None:
+        return {"gate": "nothing to compare with"}
+    if rig.holdout is None or not len(rig.holdout.samples):
+        raise RolloutError(
+            f"no labelled examples for the gate of {state.model} {state.version}",
+            hint="--holdout examples.npz, with inputs and labels that neither version has learned from",
+        )
+    champion = records.record(rig.store, state.model, state.champion)
+    look = state.looks + 1
+    count = gate.examples_at(look, rig.policy.gate, len(rig.holdout.samples))
+    rig.progress(f"gate, look {look} of {rig.policy.gate.looks}: {count} labelled examples to both")
+    versions = (state.champion, state.version)
+    sides = shadow.side_by_side(rig.client, state.model, versions, rig.holdout.samples[:count])
+    _same_workers(state, rig)
+    ours, theirs = (
+        Observed(
+            version=side.version,
+            outputs=shadow.outputs(side, rig.holdout.classes),
+            seconds=np.array(side.seconds),
+            size=record.size,
+            memory=side.memory,
+        )
+        for side, record in zip(sides, (champion, rig.challenger), strict=True)
+    )
+    verdict = gate.decide(
+        ours, theirs, rig.holdout.targets[:count], rig.policy.gate, classes=rig.holdout.classes, look=look
+    )
+    if verdict.outcome == "inconclusive":
+        raise Inconclusive(verdict)
+    if verdict.outcome == "fail":
+        note(rig, state, "gated", "verdict", verdict=verdict.to_dict())
+        raise RolloutError(f"the gate says no: {verdict.reason}")
+    rig.progress(f"the gate says yes: {verdict.reason}")
+    return {"verdict": verdict.to_dict()}
+
+
+def _promoted(state: State, rig: Rig) -> dict[str, Any]:
+    why = f"rollout {state.id}" if state.kind == "rollout" else f"rollback from {state.champion}: {rig.why}"
+    serve_by_default(rig, state.version, why=why, back=state.kind == "rollback")
+    seen = proof.prove(rig.client, rig.challenger, rig.golden(state.version), pinned=False)
+    rig.progress(f"{state.version} answers; {seen.examples} golden examples answered rightly on the default URL")
+    return {}
+
+
+def _watched(state: State, rig: Rig) -> dict[str, Any]:
+    policy = rig.policy.watch
+    examples = rig.golden(state.version)
+    requests = shadow.from_golden(examples)
+    before = _server_counts(rig.client, state.model)
+    limit = policy.max_latency_ratio * float(state.facts.get("latency", 0.0))
+    seconds: list[float] = []
+    began = time.monotonic()
+    rig.progress(f"watching for {policy.seconds:g} s")
+    turn = 0
+    while True:
+        example, request = examples[turn % len(examples)], requests[turn % len(requests)]
+        asked = time.perf_counter()
+        answer = rig.client.predict(
+            state.model, request.body, headers={"X-Top-K": str(len(example.answer))}, content_type=request.content_type
+        )
+        seconds.append(time.perf_counter() - asked)
+        if (answer.version, answer.bundle) != (state.version, rig.challenger.bundle):
+            raise RolloutError(f"{answer.version} ({answer.bundle}) answers on the default URL")
+        wrong = golden.differences([example], [answer.json()])
+        if wrong:
+            raise RolloutError(f"a golden example is answered wrongly: {wrong[0]}")
+        restarts = _restarts(state, rig)
+        if restarts > policy.max_worker_restarts:
+            raise RolloutError(f"{restarts} of its workers were restarted, limit {policy.max_worker_restarts}")
+        failed, asked_all = (
+            now - then for now, then in zip(_server_counts(rig.client, state.model), before, strict=True)
+        )
+        rate = failed / asked_all if asked_all else 0.0
+        if rate > policy.max_error_rate:
+            raise RolloutError(
+                f"the server answered {failed:.0f} of {asked_all:.0f} requests with 5xx, {rate:.2%},"
+                f" limit {policy.max_error_rate:.2%}"
+            )
+        if limit and len(seconds) >= 5 and median(seconds) > limit:
+            raise RolloutError(
+                f"median latency {median(seconds) * 1000:.1f} ms, limit {limit * 1000:.1f} ms"
+                f" ({policy.max_latency_ratio:g} times that before the switch)"
+            )
+        turn += 1
+        if time.monotonic() - began + policy.every > policy.seconds:
+            break
+        time.sleep(policy.every)
+    return {"looks_taken": turn, "watch_latency": round(median(seconds), 6)}
+
+
+def _settled(state: State, rig: Rig) -> dict[str, Any]:
+    try:
+        return _others_out(state, rig)
+    except ServerError as error:  # no reason to go back from a good version
+        rig.progress(f"the old version could not be drained: {error.message}")
+        return {"undrained": error.message}
+
+
+def _others_out(state: State, rig: Rig) -> dict[str, Any]:
+    """The champion is drained and kept warm, or retired; whatever else is loaded is retired."""
+    policy = rig.policy.settle
+    warm: dict[str, Any] = {}
+    for version in sorted(loading.versions(rig.client, state.model)):
+        if version == state.version:
+            continue
+        keep = version == state.champion and state.kind == "rollout" and policy.warm_seconds > 0
+        if keep:
+            rig.progress(f"{version} is drained and stays warm for {policy.warm_seconds:g} s")
+            try:
+                retiring.drain(
+                    rig.client, state.model, version, rig.probe(version), idle=0, seconds=policy.drain_seconds
+                )
+                left = ""
+            except NotReady as error:
+                left = error.message
+            warm = {"warm": version, "warm_until": time.time() + policy.warm_seconds, "undrained": left}
+            continue
+        rig.progress(f"retiring {version}")
+        why = f"{state.kind} to {state.version}"
+        left = retiring.retire(
+            rig.client,
+            rig.book,
+            state.model,
+            version,
+            rig.probe(version),
+            why=why,
+            idle=policy.idle_seconds,
+            seconds=policy.drain_seconds,
+        )
+        if left:
+            rig.progress(f"kept: {left}")
+    return warm
+
+
+def serve_by_default(rig: Rig, version: str, *, why: str, back: bool = False) -> None:
+    """Intent, switch, done: from here on the journal says `version`."""
+    rig.book.add(rig.model, version, "switching", why=why)
+    rig.client.set_default(rig.model, version)
+    rig.book.release(rig.model, version, proven=True, why=why, running=True, back=back)
+    serving.refresh(rig.config, rig.store)
+
+
+def note(rig: Rig, state: State, phase: str, step: str, **facts: Any) -> None:
+    rig.book.add(
+        state.model,
+        state.version,
+        "rollout",
+        id=state.id,
+        kind=state.kind,
+        phase=phase,
+        step=step,
+        champion=state.champion,
+        **facts,
+    )
+
+
+def _restarts(state: State, rig: Rig) -> int:
+    """How many of the workers that were ready at first are there no more."""
+    now = loading.ready_pids(loading.loaded(rig.client, state.model, state.version))
+    return len(set(state.facts.get("pids", ())) - set(now))
+
+
+def _same_workers(state: State, rig: Rig) -> None:
+    restarts = _restarts(state, rig)
+    if restarts > rig.policy.watch.max_worker_restarts:
+        words = rig.server.last_words(state.model, state.version)
+        raise RolloutError(
+            f"{restarts} of its workers died and were restarted, limit {rig.policy.watch.max_worker_restarts}"
+            + (f": {words}" if words else "")
+        )
+
+
+def _server_counts(client: Client, model: str) -> tuple[float, float]:
+    """(answers with 5xx of the whole server, requests for this model); zeros where it does not count."""
+    failed = asked = 0.0
+    for line in client.metrics(["Requests5XX", "ts_inference_requests_total"]).splitlines():
+        if line.startswith("Requests5XX{"):
+            failed += float(line.rsplit(" ", 1)[1])
+        elif line.startswith("ts_inference_requests_total{") and f'model_name="{model}"' in line:
+            asked += float(line.rsplit(" ", 1)[1])
+    return failed, asked
+
+
+STEPS: Mapping[str, Callable[[State, Rig], dict[str, Any]]] = {
+    "verified": _verified,
+    "registered": _registered,
+    "ready": _ready,
+    "shadowed": _shadowed,
+    "gated": _gated,
+    "promoted": _promoted,
+    "watched": _watched,
+    "settled": _settled,
+}
