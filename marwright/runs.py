@@ -6,16 +6,16 @@
         checkpoint.pt     last whole epoch: net, optimiser, schedule, best so far (for --resume); gone when finished
         weights.pt        state_dict of the ServingGraph, best epoch; loads with weights_only=True
         spec.json         ModelSpec, not yet exported
-        examples.npz      inputs (raw, as the artifact takes them; up to 1000 of the test part), labels
+        examples.npz      inputs (raw, as the artifact takes them) and labels of the test part, up to 10 000 and 64 MiB
         golden/           golden.json and one raw request body for each golden example
-        split.json        which example is in which part, and the seed
+        split.json        which example is in which part, the seed, which were newly labelled
         curves.json       a row for each epoch
         evaluation.json   metrics, confusion matrix, scores for each class
         report.html
         export/onnx/      artifact, spec.json of the artifact, export.json (parity)
 
-A run is named by the digest of its recipe, its data and the code that reads both, so the same question is never
-trained twice. It is finished when `evaluation.json` is there: that file is written last.
+A run is named by the digest of its recipe, its data, the code that reads both and the weights it starts from, so the
+same question is never trained twice. It is finished when `evaluation.json` is there: that file is written last.
 """
 
 from __future__ import annotations

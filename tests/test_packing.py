@@ -17,7 +17,8 @@ import torch
 import yaml
 
 from handlers import runtime
-from handlers.nets import serving_graph
+from handlers.nets import ServingGraph, serving_graph
+from handlers.spec import ModelSpec
 from marwright import files, runs
 from marwright.errors import ArchiveError, ArchiveExists, ArchiveInvalid, ExportError, ParityError
 from marwright.learning import graphs
@@ -57,6 +58,26 @@ def test_a_wrong_artifact_is_refused_by_parity(run: Run) -> None:
     torch.save(other, run.path / "weights.pt")
     with pytest.raises(ParityError, match="max"):
         exporting.check_parity(graph, spec, run.path, inputs)
+
+
+def test_parity_takes_examples_from_all_over_a_large_holdout(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    with np.load(run.path / "examples.npz") as saved:
+        inputs, labels = saved["inputs"], saved["labels"]
+    inputs[-1] = 255
+    np.savez(run.path / "examples.npz", inputs=inputs, labels=labels)
+    taken: list[np.ndarray] = []
+    check = exporting.check_parity
+
+    def watched(graph: ServingGraph, spec: ModelSpec, folder: Path, some: np.ndarray) -> exporting.Parity:
+        taken.append(some)
+        return check(graph, spec, folder, some)
+
+    monkeypatch.setattr(exporting, "check_parity", watched)
+    monkeypatch.setattr(exporting, "EXAMPLES", 10)
+    shutil.rmtree(run.path / "export", ignore_errors=True)
+    assert exporting.export(run, "eager").parity.examples == 10
+    assert np.array_equal(taken[0][0], inputs[0])
+    assert np.array_equal(taken[0][-1], inputs[-1])
 
 
 def test_exporting_twice_makes_the_same_onnx_bytes_and_names_no_path(run: Run) -> None:

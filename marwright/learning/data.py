@@ -2,6 +2,7 @@
 
     dataset = data.load(recipe, path=None, cache=Path("data"))
     dataset.train.take(torch.tensor([0, 1]))
+    data.load(recipe, new=Path("new/digits"))        # and newly labelled examples, see `additions`
 
 Pictures are decoded by the worker's own function, into a file under `cache` that is named by what went into it; sets up
 to the recipe's `memory_limit` are read from there into memory, bigger ones stay mapped.
@@ -16,7 +17,7 @@ import torch
 
 from handlers.spec import ImageInput, VectorInput
 from marwright.errors import DataError, SettingsError
-from marwright.learning import bundled, decoded, splitting
+from marwright.learning import additions, bundled, decoded, splitting
 from marwright.learning.dataset import Dataset, Part
 from marwright.learning.examples import PARTS, Examples
 from marwright.learning.recipe import Recipe
@@ -25,11 +26,23 @@ from marwright.learning.tables import BUILT_IN
 CACHE = Path("runs") / "cache"
 
 
-def load(recipe: Recipe, *, path: Path | None = None, cache: Path = CACHE, progress: bool = True) -> Dataset:
-    """The recipe's data. `path` (folder or zip) goes before the recipe's own.
+def load(
+    recipe: Recipe,
+    *,
+    path: Path | None = None,
+    new: Path | None = None,
+    cache: Path = CACHE,
+    progress: bool = True,
+) -> Dataset:
+    """The recipe's data. `path` (folder or zip) goes before the recipe's own; `new` holds newly labelled examples.
 
     `DataError` says what is wrong with the examples, all of a kind at once.
     """
+    own = _load(recipe, path, cache, progress=progress)
+    return own if new is None else additions.joined(recipe, own, new.expanduser(), cache=cache, progress=progress)
+
+
+def _load(recipe: Recipe, path: Path | None, cache: Path, *, progress: bool) -> Dataset:
     found = find(recipe, path=path, cache=cache, progress=progress)
     image = recipe.data.image()
     if image is None:
@@ -119,6 +132,8 @@ def _dataset(
             "given": sorted({part for part in found.parts if part}),
             "skipped": [found.names[i] for i in sorted(unreadable)],
             "parts": {name: [found.names[i] for i in rows] for name, rows in of_part.items()},
+            "own": found.digest,
+            "new": {},
         },
         names=found.names,
         raw=found.raw,

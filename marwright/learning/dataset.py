@@ -1,7 +1,7 @@
 """A data set that can be learned from: three disjoint parts over one store of inputs.
 
-The store is one tensor (uint8 N×C×H×W, or float32 N×F), in memory or mapped from a file; nobody who takes batches from
-a `Part` can tell which.
+The store is one tensor (uint8 N×C×H×W, or float32 N×F), in memory or mapped from a file, or a chain of them; nobody who
+takes batches from a `Part` can tell which.
 
     for positions in pieces(order(len(part), part.inputs, generator=generator), 128):
         inputs, targets = part.take(positions)
@@ -26,11 +26,41 @@ WINDOW_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)
+class Chain:
+    """Stores one after another, read as one: neither is copied, and each may be in memory or mapped."""
+
+    stores: tuple[Tensor, ...]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.stores))
+
+    def __getitem__(self, row: int) -> Tensor:
+        return self.index_select(0, torch.tensor([row]))[0]
+
+    def element_size(self) -> int:
+        return self.stores[0].element_size()
+
+    def index_select(self, dim: int, rows: Tensor) -> Tensor:
+        """The inputs at `rows`, in that order; `dim` is 0, as a tensor wants it."""
+        first = self.stores[0]
+        found = torch.empty((len(rows), *first.shape[1:]), dtype=first.dtype)
+        start = 0
+        for store in self.stores:
+            here = (rows >= start) & (rows < start + len(store))
+            found[here] = store.index_select(dim, rows[here] - start)
+            start += len(store)
+        return found
+
+
+Inputs = Tensor | Chain
+
+
+@dataclass(frozen=True)
 class Part:
     """`rows` (int64, ascending) says which of `inputs` are in this part; `targets` are theirs."""
 
     name: str
-    inputs: Tensor
+    inputs: Inputs
     rows: Tensor
     targets: Tensor
 
@@ -49,7 +79,11 @@ class Part:
 
 @dataclass(frozen=True)
 class Dataset:
-    """What `data.load` gives. `raw(row)` is the request body of an example; `names[row]` says where it came from."""
+    """What `data.load` gives. `raw(row)` is the request body of an example; `names[row]` says where it came from.
+
+    `split` is `split.json`: which example is in which part; `own` is the digest of the recipe's own data, `new` the
+    label of each newly labelled example by its digest.
+    """
 
     input: ImageInput | VectorInput
     classes: tuple[str, ...]
@@ -69,7 +103,7 @@ class Dataset:
         return self.train, self.validation, self.test
 
 
-def order(count: int, inputs: Tensor, *, generator: torch.Generator) -> Tensor:
+def order(count: int, inputs: Inputs, *, generator: torch.Generator) -> Tensor:
     """Positions 0…count-1 in a new order that a disk can follow.
 
     Blocks of neighbours are shuffled, then examples within windows of many blocks. A part smaller than one window (256

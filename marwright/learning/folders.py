@@ -4,6 +4,8 @@
     train/cats/1.png  test/cats/9.png                   as it is; validation/ too, where there is one
     mine/train/cats/1.png  …                            folders around it all are looked through
 
+Newly labelled pictures come as `<class>/<file>` too, of classes that are known already: `labelled`.
+
 A zip is read where it is, never extracted. Names may hold spaces and any script; they are kept in Unicode's composed
 form (NFC), since systems differ in how they store them.
 """
@@ -15,7 +17,7 @@ import os
 import unicodedata
 import zipfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -34,6 +36,7 @@ LAYOUT = "<class>/<file>, or train/<class>/<file> and test/<class>/<file>"
 CHUNK = 2**20
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 _NOISE = {"__MACOSX", "Thumbs.db", "desktop.ini"}
+_UNFINISHED = (".part", ".partial", ".tmp", ".temp", ".crdownload", ".filepart")
 
 Steps = tuple[str, ...]
 
@@ -94,6 +97,45 @@ def find(where: Path, *, progress: bool = False) -> Examples:
     )
 
 
+def labelled(where: Path, classes: Sequence[str], *, progress: bool = False) -> Examples:
+    """Newly labelled pictures of `classes`, listed and hashed; none of them, or not of every class, is no error.
+
+    Others may be copying into the folder: what bears the name of an unfinished copy is left out. `DataError` names
+    every class that is not known; a body raises it if the file is no longer what was hashed.
+    """
+    tree = _unwrapped(_folder(where) if where.is_dir() else _zip(where), known=classes)
+    whole = {steps: opener for steps, opener in tree.files.items() if not steps[-1].lower().endswith(_UNFINISHED)}
+    used = [steps for steps in whole if len(steps) >= 2]
+    counts = Counter(steps[0] for steps in used)
+    unknown = sorted(set(counts) - set(classes))
+    if unknown:
+        raise DataError(
+            f"{where} has classes that the model does not know: "
+            + ", ".join(f"{label!r} ({counts[label]} files)" for label in unknown),
+            hint=f"known are: {', '.join(map(repr, classes))}; a new class goes into the recipe's own data",
+        )
+    notes = []
+    if later := len(tree.files) - len(whole):
+        notes.append(f"{later} unfinished copies were left for later")
+    if ignored := len(whole) - len(used):
+        notes.append(f"{ignored} new files that are in no class folder were ignored")
+    entries = [
+        _Entry("", steps[0], "/".join(steps), _digest(tree, steps), whole[steps])
+        for steps in track(used, "reading", disable=not progress, transient=True)
+    ]
+    entries.sort(key=lambda entry: (entry.digest, entry.name))
+    index = {label: i for i, label in enumerate(classes)}
+    return Examples(
+        names=[entry.name for entry in entries],
+        digests=[entry.digest for entry in entries],
+        targets=[index[entry.label] for entry in entries],
+        parts=[""] * len(entries),
+        raw=lambda i: _unchanged(where, entries[i]),
+        classes=tuple(classes),
+        notes=tuple(notes),
+    )
+
+
 def _learnable(where: Path, tree: _Tree, entries: list[_Entry], classes: tuple[str, ...], *, parted: bool) -> None:
     """All that is wrong with the classes, at once."""
     depth = 2 if parted else 1
@@ -113,14 +155,17 @@ def _learnable(where: Path, tree: _Tree, entries: list[_Entry], classes: tuple[s
         )
 
 
-def _unwrapped(tree: _Tree) -> _Tree:
-    """Without the folders around it all: as long as every picture is in one, and not directly."""
+def _unwrapped(tree: _Tree, *, known: Collection[str] = ()) -> _Tree:
+    """Without the folders around it all: as long as every picture is in one, not directly, and it is no known class."""
     deep = [steps for steps in tree.files if len(steps) > 1]
     tops = {steps[0] for steps in (*deep, *tree.empty)}
-    if len(tops) != 1 or next(iter(tops)).lower() in PARTS or not all(len(steps) > 2 for steps in deep):
+    if len(tops) != 1 or not all(len(steps) > 2 for steps in deep):
+        return tree
+    if (top := next(iter(tops))) in known or top.lower() in PARTS:
         return tree
     inside = {steps[1:]: tree.files[steps] for steps in deep}
-    return _unwrapped(_Tree(tree.where, inside, tuple(steps[1:] for steps in tree.empty if len(steps) > 1)))
+    empty = tuple(steps[1:] for steps in tree.empty if len(steps) > 1)
+    return _unwrapped(_Tree(tree.where, inside, empty), known=known)
 
 
 def _folder(where: Path) -> _Tree:
@@ -213,6 +258,17 @@ def _body(entry: _Entry) -> Body:
     with entry.open() as stream:
         suffix = Path(entry.name).suffix.lower()
         return Body(stream.read(), suffix if suffix in SUFFIXES else ".bin")
+
+
+def _unchanged(where: Path, entry: _Entry) -> Body:
+    """The body that was hashed: it is in training or in test by its content."""
+    try:
+        body = _body(entry)
+    except (OSError, zipfile.BadZipFile, EOFError):
+        body = None
+    if body is None or hashlib.sha256(body.data).hexdigest() != entry.digest:
+        raise DataError(f"{where}: {entry.name} changed or went while it was used", hint="the next turn reads it again")
+    return body
 
 
 def _opener(path: Path) -> Callable[[], IO[bytes]]:

@@ -1,6 +1,7 @@
 """Real examples that travel with a model, for those who check it later.
 
-`examples.npz` holds inputs as the artifact takes them and their labels: up to 1000, from all over the test part.
+`examples.npz` holds inputs as the artifact takes them and their labels: the whole test part; of a large one as many as
+10 000 and 64 MiB, from all over it. It is the holdout that a gate judges by.
 `golden/` holds request bodies as a client would send them: at least 16, every class where there are up to 16, of the
 test part as far as it goes; listed in `golden.json`:
 
@@ -19,14 +20,17 @@ import torch
 from marwright import files
 from marwright.learning.dataset import Dataset, Part
 
-EXAMPLES = 1000
+EXAMPLES = 10_000
+BYTES = 64 * 2**20
 GOLDEN = 16
 
 
 def write(dataset: Dataset, folder: Path) -> None:
     """Both, into a run folder. Same data, same bytes."""
     test = dataset.test
-    inputs, targets = test.take(torch.linspace(0, len(test) - 1, min(EXAMPLES, len(test))).round().long())
+    size = max(1, test.inputs[0].numel() * test.inputs.element_size())
+    count = min(len(test), EXAMPLES, max(2, BYTES // size))
+    inputs, targets = test.take(torch.linspace(0, len(test) - 1, count, dtype=torch.float64).round().long())
     stream = io.BytesIO()
     np.savez(stream, inputs=inputs.numpy(), labels=targets.numpy())
     with files.replacing(folder / "examples.npz") as temporary:

@@ -2,6 +2,7 @@
 
 graph = graphs.build(recipe, dataset)      # fresh weights from the seed; mean and std of the training part
 graph = graphs.load(run)                   # a finished run's best weights
+graphs.warm(graph, run, recipe, dataset)   # fresh no longer: it answers as that run does
 """
 
 from __future__ import annotations
@@ -117,6 +118,32 @@ def load(run: Run) -> ServingGraph:
             hint="the net's code has changed since; train again",
         ) from None
     return graph.eval()
+
+
+def warm(graph: ServingGraph, start: Run, recipe: Recipe, dataset: Dataset) -> None:
+    """Give `graph` the weights of `start`, its normalisation included; `RunError` where `misfit` says why not.
+
+    Mean and std stay those that the weights were learned with: the graph begins as exactly the one that answers now.
+    """
+    if reason := misfit(recipe, dataset, start):
+        raise RunError(
+            f"training cannot start from run {start.id}: {reason}", hint="train from scratch: without a start"
+        )
+    graph.load_state_dict(load(start).state_dict())
+
+
+def misfit(recipe: Recipe, dataset: Dataset, start: Run) -> str:
+    """Why the weights of `start` are no initial weights for this recipe and data; empty if they are."""
+    spec, width = start.spec, len(dataset.classes) if recipe.task == "classification" else dataset.input.shape[0]
+    now = {**net_args(recipe, width=width), **recipe.net.args}
+    shapes = [{key: value for key, value in args.items() if key != "dropout"} for args in (dict(spec.net_args), now)]
+    if (spec.task, spec.net) != (recipe.task, recipe.net.name) or shapes[0] != shapes[1]:
+        return f"its net is {spec.net} {shapes[0]}, the recipe's {recipe.net.name} {shapes[1]}"
+    if spec.classes != dataset.classes or spec.target != dataset.target:
+        return "it was trained for other classes" if spec.classes else "it was trained for another target"
+    if spec.input != dataset.input:
+        return f"it takes {spec.input}, the recipe {dataset.input}"
+    return ""
 
 
 def statistics(part: Part) -> tuple[list[float], list[float]]:

@@ -20,16 +20,20 @@ from marwright import files
 from marwright.learning import transfer
 from marwright.learning.dataset import Dataset
 from marwright.learning.recipe import Recipe
+from marwright.runs import Run
 
 PACKAGES = ("torch", "torchvision", "numpy", "pillow", "scikit-learn")
 HERE = Path(__file__).parent
 HANDLERS = Path(handlers.__file__).parent
 
 
-def run_id(recipe: Recipe, dataset: Dataset) -> str:
-    """`<recipe>-<12 hex digits>` of the resolved recipe, the data and the code. Where the data lies does not matter."""
+def run_id(recipe: Recipe, dataset: Dataset, start: Run | None = None) -> str:
+    """`<recipe>-<12 hex digits>` of the resolved recipe, the data, the code and the weights of `start`. Where the data
+    lies does not matter."""
     # What was skipped follows from the serving limits too, which are not in the recipe's digest.
-    digests = [recipe_digest(recipe), dataset.digest, code_digest(), *dataset.split.get("skipped", ())]
+    digests: list[Any] = [recipe_digest(recipe), dataset.digest, code_digest(), *dataset.split.get("skipped", ())]
+    if start is not None:
+        digests.append({"start": files.sha256(start.weights)})
     return f"{recipe.name}-{hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:12]}"
 
 
@@ -54,8 +58,8 @@ def code_digest() -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def about(recipe: Recipe, dataset: Dataset, *, run: str) -> dict[str, Any]:
-    """`run.json`, less the times."""
+def about(recipe: Recipe, dataset: Dataset, *, run: str, start: Run | None = None) -> dict[str, Any]:
+    """`run.json`, less the times. `start` in it is the run whose weights were the initial ones, or null."""
     return {
         "id": run,
         "recipe": recipe.name,
@@ -68,7 +72,9 @@ def about(recipe: Recipe, dataset: Dataset, *, run: str) -> dict[str, Any]:
         "machine": {"platform": platform.platform(), "processor": platform.machine()},
         "threads": torch.get_num_threads(),
         "commit": commit(),
+        "start": {"run": start.id, "weights": files.sha256(start.weights)} if start else None,
         "examples": {part.name: len(part) for part in dataset.parts},
+        "new_examples": len(dataset.split.get("new", ())),
         "streamed": dataset.streamed,
         "notes": list(dataset.notes),
     }

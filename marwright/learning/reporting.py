@@ -151,6 +151,8 @@ def _facts(made: report.Report, about: dict[str, Any], recipe: Recipe) -> None:
         ("", ""),
         [
             ("examples", parts),
+            ("newly labelled", str(about["new_examples"])),
+            ("started from", about["start"]["run"] if about["start"] else "random weights"),
             ("seed", str(about["seed"])),
             ("data", about["data_digest"]),
             ("recipe", about["recipe_digest"]),

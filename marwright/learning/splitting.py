@@ -1,7 +1,8 @@
 """Which example is in which part: seeded, balanced by class, and by content.
 
 Within a class, examples are ranked by sha256(seed, content). So the split does not depend on the order in which files
-were found, and two files with the same bytes are always in the same part.
+were found, and two files with the same bytes are always in the same part. Newly labelled examples have no rank, which
+would move as more arrive: each goes where its own hash says (`by_content`), today and ever after.
 """
 
 from __future__ import annotations
@@ -53,6 +54,14 @@ def split(found: Examples, *, seed: int, validation_share: float, test_share: fl
         )
     _complete(found, parts)
     return parts
+
+
+def by_content(digest: str, *, seed: int, validation_share: float, test_share: float) -> str:
+    """The part of a newly labelled example, whatever else there is: those shares of all there will ever be."""
+    place = int.from_bytes(hashlib.sha256(f"{seed}:{digest}".encode()).digest()) / 2**256
+    if place < test_share:
+        return "test"
+    return "validation" if place < test_share + validation_share else "train"
 
 
 def shared(digests: Sequence[str], parts: Sequence[str]) -> int:

@@ -2,6 +2,7 @@
 
     run = training.train(recipe, dataset, Path("runs"))
     graph = training.load_graph(run)
+    training.train(recipe, more, Path("runs"), start=run)      # its weights are the initial ones
 
 All that is random comes from (seed, what for, epoch): an interrupted run that is resumed after any whole epoch ends
 with the weights, bit for bit, of one that never stopped. The best epoch on the validation part is kept.
@@ -47,21 +48,25 @@ def train(
     dataset: Dataset,
     run_dir_root: Path,
     *,
+    start: Run | None = None,
     resume: bool = False,
     progress: bool = True,
     watch: Callable[[Row], None] | None = None,
 ) -> Run:
     """A finished run; at once if the same was trained before. `watch` is called after every whole epoch.
 
+    `start`'s weights are the initial ones; RunError if it has another net or other classes.
     `resume` goes on from the last whole epoch, where there is one. Ctrl-C leaves that epoch's checkpoint and nothing
     half-written.
     """
-    run = Run(run_dir_root / provenance.run_id(recipe, dataset))
+    run = Run(run_dir_root / provenance.run_id(recipe, dataset, start))
     if run.finished:
         return run
     run_dir_root.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(run_dir_root / f".{run.id}.lock"):  # a second training of the same waits, and finds it done
-        return run if run.finished else _train(run, recipe, dataset, resume=resume, progress=progress, watch=watch)
+        if run.finished:
+            return run
+        return _train(run, recipe, dataset, start=start, resume=resume, progress=progress, watch=watch)
 
 
 def _train(
@@ -69,22 +74,22 @@ def _train(
     recipe: Recipe,
     dataset: Dataset,
     *,
+    start: Run | None,
     resume: bool,
     progress: bool,
     watch: Callable[[Row], None] | None,
 ) -> Run:
-    checkpoint = run.path / CHECKPOINT
+    started = time.perf_counter()
+    trainer, checkpoint = Trainer(recipe, dataset, start), run.path / CHECKPOINT
     if not resume and run.path.exists():
         shutil.rmtree(run.path)
     for part in run.path.glob(".*.part"):  # of a training that was killed while it wrote
         part.unlink(missing_ok=True)
-    started = time.perf_counter()
-    about = provenance.about(recipe, dataset, run=run.id) | {"started": datetime.now(UTC).isoformat(timespec="seconds")}
+    about = provenance.about(recipe, dataset, run=run.id, start=start)
+    about["started"] = datetime.now(UTC).isoformat(timespec="seconds")
     files.write_json(run.path / "run.json", about)
     files.write_json(run.path / "recipe.json", recipe.to_dict())
     files.write_json(run.path / "split.json", dict(dataset.split))
-
-    trainer = Trainer(recipe, dataset)
     if checkpoint.is_file():
         trainer.restore(torch.load(checkpoint, map_location=trainer.device, weights_only=True))
         about["resumed_after_epoch"] = len(trainer.curves)
@@ -122,13 +127,16 @@ def _train(
 class Trainer:
     """One training under way: `epoch()` until `done`; `state()` after any epoch is enough to go on."""
 
-    def __init__(self, recipe: Recipe, dataset: Dataset) -> None:
+    def __init__(self, recipe: Recipe, dataset: Dataset, start: Run | None = None) -> None:
         self.recipe = recipe
         self.dataset = dataset
         self.choice = recipe.training
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         with self._seeded("weights", 0):
-            self.graph = graphs.build(recipe, dataset).to(self.device)
+            graph = graphs.build(recipe, dataset)
+        if start is not None:
+            graphs.warm(graph, start, recipe, dataset)
+        self.graph = graph.to(self.device)
         if recipe.task == "classification":
             self.graph = self.graph.to(memory_format=torch.channels_last)
         self.optimiser = optimisation.optimiser(self.choice.optimiser, self.graph.net, l2=self.choice.regularisation.l2)

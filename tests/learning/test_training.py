@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -14,12 +15,13 @@ import filelock
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from handlers import images
 from handlers.spec import ImageInput, Limits
 from marwright import runs
 from marwright.errors import RunError
-from marwright.learning import data, evaluation, provenance, recipe, training
+from marwright.learning import data, evaluation, golden, provenance, recipe, training
 from marwright.learning.dataset import Dataset
 from marwright.learning.recipe import Recipe
 from marwright.runs import Run
@@ -108,6 +110,76 @@ def test_a_resumed_run_is_one_that_never_stopped(optimiser: dict[str, Any], tiny
     for name in ("curves.json",):
         one, two = (run.json(name, made_by="train") for run in (whole, cut))
         assert [{**row, "seconds": 0} for row in one] == [{**row, "seconds": 0} for row in two]  # type: ignore[dict-item]
+
+
+def test_a_warm_start_begins_as_the_run_it_starts_from(
+    folder: Path, tiny_set: Dataset, cache: Path, tmp_path: Path
+) -> None:
+    start = training.train(tiny(), tiny_set, tmp_path, progress=False)
+    for i in range(30):  # darker ones: another mean, another deviation
+        dark = np.full((12, 12, 3), i, dtype=np.uint8)
+        Image.fromarray(dark).save(folder / "train" / "a" / f"dark {i}.png")
+    more = data.load(tiny(), path=folder, cache=cache, progress=False)
+    fresh, warm = training.Trainer(tiny(), more), training.Trainer(tiny(), more, start)
+    was = torch.load(start.weights, weights_only=True)
+    state = warm.graph.state_dict()
+    assert {name for name, value in was.items() if not torch.equal(value, state[name])} == set()
+    assert not torch.equal(fresh.graph.mean, warm.graph.mean), "the mean that the weights were learned with is kept"
+    inputs, _ = more.test.take(torch.arange(5))
+    with torch.inference_mode():
+        assert torch.allclose(warm.graph.eval()(inputs)[0], training.load_graph(start)(inputs)[0], atol=1e-6)
+    run = training.train(tiny(), more, tmp_path, start=start, progress=False)
+    assert torch.equal(training.load_graph(run).mean, was["mean"])
+
+
+def test_a_run_says_what_it_started_from_and_has_its_name_from_that(tiny_set: Dataset, tmp_path: Path) -> None:
+    chosen = tiny(**BUSY)
+    start = training.train(chosen, tiny_set, tmp_path / "a", progress=False)
+    other = training.train(tiny(**BUSY, training__seed=1), tiny_set, tmp_path / "a", progress=False)
+    runs_of = [training.train(chosen, tiny_set, tmp_path / "b", start=each, progress=False) for each in (start, other)]
+    assert len({start.id, *(run.id for run in runs_of)}) == 3
+    assert len({weights(start), *map(weights, runs_of)}) == 3
+    assert start.about["start"] is None
+    assert runs_of[0].about["start"] == {"run": start.id, "weights": weights(start)}
+    moved = Run(start.path.rename(start.path.with_name("elsewhere")))
+    assert provenance.run_id(chosen, tiny_set, moved) == runs_of[0].id, "its weights count, not where they lie"
+
+
+def test_a_resumed_warm_start_is_one_that_never_stopped(tiny_set: Dataset, tmp_path: Path) -> None:
+    start, chosen = training.train(tiny(), tiny_set, tmp_path, progress=False), tiny(**BUSY)
+    whole = training.train(chosen, tiny_set, tmp_path / "whole", start=start, progress=False)
+    for stop in (1, 3):
+        with pytest.raises(KeyboardInterrupt):
+            training.train(
+                chosen, tiny_set, tmp_path / "cut", start=start, resume=True, progress=False, watch=stop_after(stop)
+            )
+    cut = training.train(chosen, tiny_set, tmp_path / "cut", start=start, resume=True, progress=False)
+    assert cut.about["resumed_after_epoch"] == 3
+    assert cut.weights.read_bytes() == whole.weights.read_bytes()
+
+
+def test_a_start_must_have_the_same_net_and_classes(
+    folder: Path, tiny_set: Dataset, cache: Path, tmp_path: Path
+) -> None:
+    start = training.train(tiny(), tiny_set, tmp_path, progress=False)
+    other = shutil.copytree(folder, tmp_path / "other")
+    for part in ("train", "test"):
+        (other / part / "a").rename(other / part / "z")
+    renamed = data.load(tiny(), path=other, cache=cache, progress=False)
+    refused = [
+        (tiny(), renamed, "other classes"),
+        (tiny(net={"name": "cifar_resnet", "args": {"blocks": 1}}), tiny_set, "its net is small_cnn"),
+        (tiny(data__height=16, data__width=16), tiny_set, "its net is small_cnn .*'height': 8"),
+    ]
+    for chosen, dataset, why in refused:
+        with pytest.raises(RunError, match=f"cannot start from run {start.id}: .*{why}") as caught:
+            training.train(chosen, dataset, tmp_path / "b", start=start, progress=False)
+        assert "from scratch" in caught.value.hint
+    assert not list((tmp_path / "b").glob("tiny-*"))
+    dropped = tiny(training__regularisation={"dropout": 0.5})
+    assert training.train(dropped, tiny_set, tmp_path / "b", start=start, progress=False).finished
+    with pytest.raises(RunError, match=r"has no weights\.pt"):
+        training.train(tiny(), tiny_set, tmp_path / "b", start=Run(tmp_path / "tiny-000000000000"), progress=False)
 
 
 def test_a_run_killed_within_an_epoch_resumes_alike(
@@ -287,6 +359,20 @@ def test_examples_come_from_all_over_the_test_part(tmp_path: Path, tiny_set: Dat
     labels = np.load(run.path / "examples.npz")["labels"]
     assert len(labels) == 6
     assert set(labels.tolist()) == {0, 1, 2}, "files are sorted by class; the first six are of one"
+
+
+def test_a_large_test_part_is_held_out_up_to_a_size(
+    tmp_path: Path, tiny_set: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert (
+        len(np.load(training.train(tiny(), tiny_set, tmp_path, progress=False).path / "examples.npz")["labels"]) == 12
+    )
+    row = 3 * 8 * 8
+    for size, count in ((7 * row, 7), (7 * row - 1, 6), (1, 2)):
+        monkeypatch.setattr(golden, "BYTES", size)
+        golden.write(tiny_set, tmp_path / str(size))
+        with np.load(tmp_path / str(size) / "examples.npz") as saved:
+            assert (len(saved["inputs"]), len(saved["labels"])) == (count, count)
 
 
 def test_a_linear_regressor_finds_least_squares(linear_run: Run, diabetes: Dataset) -> None:

@@ -1,0 +1,186 @@
+"""Newly labelled examples beside the recipe's own data: a folder or zip of `<class>/<file>`.
+
+    dataset = additions.joined(recipe, own, Path("new/digits"), cache=cache, progress=False)
+    additions.since(dataset, run)          # Difference(own=False, added=37, gone=0): what `run` has not learned from
+
+Every example of the own data stays in the part that it was in, and a new one is in the part that its content says,
+however many come later: no version is judged on what the one before has learned from. Only content counts: a file that
+got another name, or that is there already, is nothing new.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from handlers.spec import ImageInput
+from marwright.errors import DataError
+from marwright.learning import decoded, folders, splitting
+from marwright.learning.dataset import Chain, Dataset, Part
+from marwright.learning.examples import PARTS, Body, Examples
+from marwright.learning.recipe import Recipe
+from marwright.runs import Run
+
+CHUNK = 4096
+NAMED = 3
+"""Files that a note names; it counts the others."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What a data set has and a run has not learned from: other own data, so many new examples; and how many went."""
+
+    own: bool
+    added: int
+    gone: int
+
+    @property
+    def nothing(self) -> bool:
+        """Whether there is nothing to learn. Examples that went are nothing new: the folder may be away for a while."""
+        return not self.own and not self.added
+
+
+def since(dataset: Dataset, run: Run) -> Difference:
+    """What `dataset` has that `run` did not learn from."""
+    before = run.json("split.json", made_by="train")
+    learned, there = set(before.get("new", {}).items()), set(dataset.split["new"].items())
+    own = dataset.split["own"] != before.get("own", run.about["data_digest"])
+    return Difference(own, len(there - learned), len(learned - there))
+
+
+def joined(recipe: Recipe, own: Dataset, where: Path, *, cache: Path, progress: bool) -> Dataset:
+    """`own` and the pictures in `where`. `DataError` for classes that `own` does not have, and for rows of numbers.
+
+    What cannot be read is left out with a note, and so is what contradicts other examples: nobody here can tell which
+    label is right, and one wrong label shall not stop the others.
+    """
+    if not isinstance(own.input, ImageInput):
+        raise DataError(
+            f"recipe {recipe.name} learns from rows of numbers, newly labelled examples ({where}) are pictures",
+            hint="leave --new out; a recipe for rows is trained on its own data: `marwright archive`",
+        )
+    found = folders.labelled(where, own.classes, progress=progress)
+    if not len(found):
+        return replace(own, notes=(*own.notes, *found.notes))
+    store = decoded.store(found, own.input, recipe.limits, cache=cache / "new" / recipe.name, progress=progress)
+    for path in store.path.parent.iterdir():  # of earlier turns, and what a killed one left: a turn has new ones each
+        if path.stem != store.path.stem:
+            path.unlink(missing_ok=True)
+    streamed = store.bytes > recipe.data.memory_limit
+    inputs = torch.from_numpy(store.mapped() if streamed else store.held())
+    choice = recipe.data
+    parts = [
+        splitting.by_content(
+            digest, seed=choice.split_seed, validation_share=choice.validation_share, test_share=choice.test_share
+        )
+        for digest in found.digests
+    ]
+    kept, left_out = _kept(own, found, inputs, parts, unreadable=store.unreadable)
+    notes = (*own.notes, *found.notes, *left_out)
+    if not kept:
+        return replace(own, notes=notes)
+    made = _joined(own, found, inputs, {i: parts[i] for i in kept}, notes)
+    return replace(made, streamed=own.streamed or streamed)
+
+
+def _joined(own: Dataset, found: Examples, inputs: Tensor, parts: dict[int, str], notes: tuple[str, ...]) -> Dataset:
+    """`parts` says which of `found` are used, and where."""
+    before = own.train.inputs
+    assert isinstance(before, Tensor)
+    chain, first = Chain((before, inputs)), len(before)
+    names = [f"new/{name}" for name in found.names]
+    made = {}
+    for part in own.parts:
+        here = sorted(i for i in parts if parts[i] == part.name)
+        targets = torch.tensor([found.targets[i] for i in here], dtype=part.targets.dtype)
+        rows = torch.tensor([first + i for i in here], dtype=torch.int64)
+        made[part.name] = Part(part.name, chain, torch.cat([part.rows, rows]), torch.cat([part.targets, targets]))
+    new = {found.digests[i]: own.classes[int(found.targets[i])] for i in sorted(parts)}
+    lines = [own.digest, *(f"{digest} {label}" for digest, label in sorted(new.items()))]
+    listed = own.split["parts"]
+
+    def raw(row: int) -> Body:
+        return own.raw(row) if row < first else found.raw(row - first)
+
+    return replace(
+        own,
+        train=made["train"],
+        validation=made["validation"],
+        test=made["test"],
+        digest=hashlib.sha256("\n".join(lines).encode()).hexdigest(),
+        split={
+            **own.split,
+            "parts": {name: listed[name] + [names[i] for i in sorted(parts) if parts[i] == name] for name in PARTS},
+            "new": new,
+        },
+        names=[*own.names, *names],
+        raw=raw,
+        notes=notes,
+    )
+
+
+def _kept(
+    own: Dataset, found: Examples, inputs: Tensor, parts: Sequence[str], *, unreadable: dict[int, str]
+) -> tuple[list[int], list[str]]:
+    """Indices of the new examples that say something new, and a note on each kind of the others.
+
+    Two pictures are the same if the net sees the same, however the files were written.
+    """
+    alike: dict[bytes, list[int]] = defaultdict(list)
+    for i in range(len(found)):
+        if i not in unreadable:
+            alike[_seen(inputs[i])].append(i)
+    labels = _labels(own, alike)
+    kept, known, twice = [], 0, 0
+    against: list[int] = []
+    disputed: list[int] = []
+    for seen, members in alike.items():
+        said = {int(found.targets[i]) for i in members}
+        if seen in labels:
+            against += [i for i in members if int(found.targets[i]) not in labels[seen]]
+            known += sum(int(found.targets[i]) in labels[seen] for i in members)
+        elif len(said) > 1:
+            disputed += members
+        else:
+            # Of twins that were written differently, hence in different parts, training gets one and the judge none:
+            # whichever came first, no version was trained on what judges another.
+            kept.append(min(members, key=lambda i: (PARTS.index(parts[i]), found.digests[i], i)))
+            twice += len(members) - 1
+    notes = []
+    if unreadable:
+        notes.append(f"{len(unreadable)} new files cannot be read as pictures: {_some(found, unreadable)}")
+    if known:
+        notes.append(f"{known} new examples were in the recipe's data already")
+    if twice:
+        notes.append(f"{twice} new examples were there more than once")
+    if against:
+        notes.append(f"{len(against)} new examples contradict the recipe's data, left out: {_some(found, against)}")
+    if disputed:
+        notes.append(f"{len(disputed)} new examples have more than one label, left out: {_some(found, disputed)}")
+    return kept, notes
+
+
+def _labels(own: Dataset, wanted: Iterable[bytes]) -> dict[bytes, set[int]]:
+    """The labels that the own data have for those pictures, where they have them."""
+    looked_for, found = set(wanted), defaultdict(set)
+    for part in own.parts:
+        for inputs, targets in part.batches(CHUNK):
+            for picture, target in zip(inputs, targets.tolist(), strict=True):
+                if (seen := _seen(picture)) in looked_for:
+                    found[seen].add(int(target))
+    return dict(found)
+
+
+def _seen(picture: Tensor) -> bytes:
+    return hashlib.sha256(picture.numpy().tobytes()).digest()
+
+
+def _some(found: Examples, chosen: Iterable[int]) -> str:
+    names = sorted(found.names[i] for i in chosen)
+    return ", ".join(names[:NAMED]) + (", …" if len(names) > NAMED else "")
