@@ -143,7 +143,8 @@ def decide(
     "pass" where every check passes, "fail" where one fails. ValueError where shapes do not fit one another.
     """
     _validate(champion, challenger, truth, classes)
-    examples_at(look, policy, len(truth))
+    if not 1 <= look <= policy.looks:
+        raise ValueError(f"look {look} of {policy.looks}")
     confidence = 1 - (1 - policy.confidence) / policy.looks
     made = [checks.answers(champion.outputs, challenger.outputs)]
     rows: tuple[ClassRow, ...] = ()

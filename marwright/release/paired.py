@@ -94,16 +94,11 @@ def calibration_rise(first: Calibration, second: Calibration, confidence: float)
     Twice the estimate minus the quantile, because an error that is a sum of absolute values grows when resampled.
     """
     examples = len(first.bins)
-    sums = np.zeros((examples, 2 * first.count))
-    rows = np.arange(examples)
-    sums[rows, first.bins] = first.gaps
-    sums[rows, first.count + second.bins] = second.gaps
     generator = np.random.default_rng(0)
     rises = np.empty(RESAMPLES)
     for i in range(RESAMPLES):
         drawn = np.bincount(generator.integers(0, examples, examples), minlength=examples)
-        sizes = np.abs(drawn @ sums) / examples
-        rises[i] = sizes[first.count :].sum() - sizes[: first.count].sum()
+        rises[i] = second.error_of(drawn) - first.error_of(drawn)
     estimate = second.error - first.error
     lower, upper = np.quantile(rises, [1 - confidence, confidence])
     return 2 * estimate - float(upper), 2 * estimate - float(lower)
@@ -122,7 +117,11 @@ class Calibration:
     @property
     def error(self) -> float:
         """The expected calibration error."""
-        return float(np.abs(np.bincount(self.bins, self.gaps, self.count)).sum() / len(self.bins))
+        return self.error_of(np.ones(len(self.bins), dtype=np.int64))
+
+    def error_of(self, drawn: Integers) -> float:
+        """The same of a resample that has example i `drawn[i]` times."""
+        return float(np.abs(np.bincount(self.bins, drawn * self.gaps, self.count)).sum() / drawn.sum())
 
 
 def _variance(lost: float, won: float, examples: float, difference: float) -> float:
