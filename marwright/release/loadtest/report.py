@@ -24,7 +24,8 @@ from marwright.release.journal import Entry, Span
 from marwright.release.loadtest.checks import OUTCOMES
 from marwright.release.loadtest.results import Results
 
-PERCENTILES = {"p50": 50.0, "p90": 90.0, "p99": 99.0, "p99.9": 99.9, "max": 100.0}
+PERCENTILES = {"p50": 500, "p90": 900, "p99": 990, "p99.9": 999, "max": 1000}
+"""By name, in thousandths."""
 SWITCHES = ("promoted", "rolled back", "released")
 """Events of the journal that change which version answers."""
 SLACK = 0.001
@@ -118,9 +119,7 @@ def findings(results: Results, *, entries: Sequence[Entry] = (), spans: Sequence
     answered = results.version != ""
     foreign = None if spans is None else answered & ~allowed(results, spans)
     switches = tuple(
-        (entry.time, _switch(entry))
-        for entry in entries
-        if entry.event in SWITCHES and start - 1 <= entry.time <= stop + 1
+        (entry.time, _switch(entry)) for entry in entries if entry.event in SWITCHES and start <= entry.time <= stop
     )
     return Findings(
         about=results.about,
@@ -281,11 +280,15 @@ def _timed(results: Results) -> Mask:
 
 
 def _percentiles(seconds: NDArray[np.float64]) -> dict[str, float | None]:
-    """Milliseconds. Each is a value that was measured, the smallest with so many at or below it."""
+    """Milliseconds. Each is a value that was measured, the smallest with so many at or below it (nearest rank)."""
     if not len(seconds):
         return dict.fromkeys(PERCENTILES)
-    found = np.percentile(seconds * 1000, list(PERCENTILES.values()), method="inverted_cdf")
-    return {name: float(value) for name, value in zip(PERCENTILES, found, strict=True)}
+    ordered = np.sort(seconds) * 1000
+    return {name: float(ordered[_rank(len(ordered), part)]) for name, part in PERCENTILES.items()}
+
+
+def _rank(count: int, thousandths: int) -> int:
+    return (count * thousandths + 999) // 1000 - 1  # in whole numbers: 0.999 * 1000 is a little more than 999
 
 
 def _pause(results: Results, entries: Sequence[Entry]) -> Pause | None:
@@ -373,9 +376,9 @@ def _latencies(results: Results, found: Findings) -> Any:
     timed = _timed(results)
     places = np.unique(at[timed])
     parts = np.split(results.latency[timed] * 1000, np.searchsorted(at[timed], places)[1:]) if len(places) else []
-    for percentile, colour in ((50, pages.ACCENT), (99, pages.SECOND)):
-        values = [float(np.percentile(part, percentile, method="inverted_cdf")) for part in parts]
-        one.plot(places * width, values, color=colour, linewidth=0.9, label=f"p{percentile}")
+    for name, colour in (("p50", pages.ACCENT), ("p99", pages.SECOND)):
+        values = [float(np.sort(part)[_rank(len(part), PERCENTILES[name])]) for part in parts]
+        one.plot(places * width, values, color=colour, linewidth=0.9, label=name)
     for outcome, colour in _COLOURS.items():
         chosen = results.outcome == outcome
         if chosen.any():  # one mark for each point of the time line, at the worst of them
@@ -385,6 +388,7 @@ def _latencies(results: Results, found: Findings) -> Any:
             where = [place * width for place in worst]
             one.scatter(where, list(worst.values()), marker="x", s=24, color=colour, label=outcome, zorder=3)
     one.set(xlabel="seconds", ylabel="latency, ms", yscale="log", xlim=(0, found.seconds + width))
+    one.yaxis.set_major_formatter("{x:g}")
     if one.get_legend_handles_labels()[0]:
         one.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     _mark_switches(one, found, start)
@@ -412,6 +416,7 @@ def _tail(results: Results) -> Any:
     nines = [1, 2, 10, 100, 1000, 10_000, 100_000, 1_000_000]
     ticks = [nine for nine in nines if nine <= max(len(results), 2)]
     one.set(xscale="log", yscale="log", xlabel="percentile", ylabel="latency, ms")
+    one.yaxis.set_major_formatter("{x:g}")
     one.set_xticks(ticks, [f"{100 * (1 - 1 / nine):.6g}" for nine in ticks])
     one.minorticks_off()
     if one.get_legend_handles_labels()[0]:
