@@ -15,8 +15,10 @@ MODEL ?= $(basename $(notdir $(RECIPE)))
 recipe_options = --recipe '$(RECIPE)' $(if $(DATA),--data '$(DATA)') $(if $(EPOCHS),--epochs $(EPOCHS)) $(if $(SEED),--seed $(SEED))
 format_option = $(if $(FORMAT),--format $(FORMAT))
 version_option = $(if $(VERSION),--version $(VERSION))
+model_option = $(if $(filter command line environment,$(origin MODEL) $(origin RECIPE)),--model '$(MODEL)')
+policy_option = $(if $(POLICY),--policy '$(POLICY)')
 
-.PHONY: help setup serve stop status predict token train export archive rollout release test lint bench clean
+.PHONY: help setup serve stop status predict token train export archive rollout rollback releases reconcile release retrain loadtest test lint bench clean
 
 help: ## print this
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -44,7 +46,7 @@ status: $(STAMP) ## what is built, what is released, what answers
 
 predict: $(STAMP) ## ask the running server: make predict IMAGE=cat.png [GRPC=1] [MODEL=cifar10]
 	@$(if $(IMAGE),,echo "error: which picture? make predict IMAGE=cat.png"; exit 2;) \
-	$(BIN)/marwright predict '$(IMAGE)' $(if $(filter command line environment,$(origin MODEL) $(origin RECIPE)),--model '$(MODEL)') $(if $(GRPC),--grpc) $(if $(TOP_K),--top-k $(TOP_K)) $(version_option)
+	$(BIN)/marwright predict '$(IMAGE)' $(model_option) $(if $(GRPC),--grpc) $(if $(TOP_K),--top-k $(TOP_K)) $(version_option)
 
 token: $(STAMP) ## print a valid inference token (KIND=management for the other)
 	@$(BIN)/marwright token $(KIND)
@@ -58,11 +60,27 @@ export: $(STAMP) ## export a run as an artifact
 archive: $(STAMP) ## package a run into model_store/
 	@$(BIN)/marwright archive $(recipe_options) $(format_option) $(version_option)
 
-rollout: $(STAMP) ## bring the newest version (or VERSION=) to answer on the running server, with proof
-	@$(BIN)/marwright rollout $(VERSION) --model '$(MODEL)'
+rollout: $(STAMP) ## bring the newest version (or VERSION=) to answer, behind the gate; RESUME=1, DRY_RUN=1, WAIT=1
+	@$(BIN)/marwright rollout $(VERSION) $(model_option) $(policy_option) $(if $(RESUME),--resume) $(if $(DRY_RUN),--dry-run) $(if $(WAIT),--wait)
+
+rollback: $(STAMP) ## return to the version that answered before
+	@$(BIN)/marwright rollback $(model_option) $(policy_option)
+
+releases: $(STAMP) ## what answered, what answers now, and why
+	@$(BIN)/marwright releases $(model_option)
+
+reconcile: $(STAMP) ## make the running server what the journal says, retire what is due
+	@$(BIN)/marwright reconcile $(policy_option)
 
 release: $(STAMP) ## make a version answer, without proof: make release VERSION=1.1 [MODEL=cifar10]
 	@$(if $(VERSION),,echo "error: which version? make release VERSION=1.1"; exit 2;) $(BIN)/marwright release '$(VERSION)' --model '$(MODEL)'
+
+retrain: $(STAMP) ## learn from newly labelled examples and roll out: make retrain NEW=folder-or-zip [EVERY=1h]
+	@$(BIN)/marwright retrain $(recipe_options) $(if $(NEW),--new '$(NEW)') $(if $(EVERY),--every $(EVERY)) $(policy_option)
+
+loadtest: $(STAMP) ## open-loop load, every answer checked: make loadtest RATE=200 SECONDS=30 GRPC_SHARE=0.5
+	@$(BIN)/marwright loadtest $(model_option) $(if $(RATE),--rate $(RATE)) $(if $(SECONDS),--seconds $(SECONDS)) $(if $(GRPC_SHARE),--grpc-share $(GRPC_SHARE)) --out loadtest.csv; \
+	status=$$?; $(BIN)/marwright loadreport loadtest.csv --html loadtest.html; exit $$status
 
 test: $(STAMP) ## ruff, mypy and the whole test suite, the real server included
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -44,9 +44,9 @@ class ShadowPolicy(_Table):
     """Requests are answered by both versions; callers get the champion's answer."""
 
     requests: Count = 200
-    """Replayed to both, in turns; samples are repeated where there are fewer."""
+    """Replayed to both, in turns; 0 leaves the phase out."""
     min_agreement: Share = 0.5
-    """Share of requests with the same best label; of a regressor, with values within 10 % of each other."""
+    """Share of requests with the same best label; of a regressor, with a value within 10 % of the champion's."""
     max_errors: Count = 0
     """Requests that the champion answers and the challenger does not."""
     max_latency_ratio: Ratio = 3.0
@@ -85,7 +85,7 @@ class WatchPolicy(_Table):
     every: Seconds = 1.0
     """Seconds between two looks."""
     max_error_rate: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the default URL's probes that fail."""
+    """Answers with 5xx, which TorchServe counts for the whole server, by its requests for this model."""
     max_latency_ratio: Ratio = 3.0
     """Of the medians, after the switch to before it."""
     max_worker_restarts: Count = 0

@@ -1,0 +1,313 @@
+"""A rollout on the real server: every phase, what it calls, how it ends, and the way back."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from marwright.errors import MarwrightError, RolledBack, RolloutError, ServerUnreachable
+from marwright.release import journal, loading, phases, plan, reconcile, rollout, turns
+from marwright.release.phases import PHASES
+from marwright.settings import ReconcileSettings, ReleaseSettings, ReleasesSettings, StatusSettings
+from scripts import reconcile as reconcile_verb
+from scripts import release as release_verb
+from scripts import releases as releases_verb
+from scripts import rollback as rollback_verb
+from scripts import rollout as verb
+from scripts import status as status_verb
+from tests import rollouts
+from tests.archives import Built
+from tests.rollouts import Stage
+
+pytestmark = pytest.mark.server
+
+
+@pytest.fixture(scope="module")
+def stage(digits: Built, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
+    with rollouts.stage(tmp_path_factory.mktemp("rollout"), digits, others=3) as made:
+        yield made
+
+
+@contextlib.contextmanager
+def asking(stage: Stage) -> Iterator[list[str]]:
+    """Somebody asks the default URL all the time; yields the versions that answered, and raises if anything failed."""
+    answered: list[str] = []
+    failed: list[str] = []
+    stop = threading.Event()
+    body = next((stage.runs / stage.record("1.0").run / "golden").glob("*.png")).read_bytes()
+
+    def ask() -> None:
+        with stage.client() as client:
+            while not stop.wait(0.02):
+                try:
+                    answered.append(client.predict("digits", body, timeout=5.0).version)
+                except MarwrightError as error:
+                    failed.append(str(error))
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    try:
+        yield answered
+    finally:
+        stop.set()
+        thread.join()
+    assert not failed
+    assert answered
+
+
+def calls_of(stage: Stage, version: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Roll that version out; every call that was made to the server."""
+    made: list[str] = []
+    client = stage.home.server.__class__.client
+    monkeypatch.setattr(
+        stage.home.server.__class__, "client", lambda self, **options: client(self, told=made.append, **options)
+    )
+    verb.rolled_out(stage.settings(version))
+    monkeypatch.undo()
+    return made
+
+
+def test_a_good_version_comes_to_answer_and_no_request_is_lost(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    limits = verb.limits_of(stage.places, None, "digits")
+    planned = plan.calls(stage.record("1.1"), "1.0", limits, verb._holdout(stage.settings(), stage.record("1.1")))
+    with asking(stage) as answered:
+        made = calls_of(stage, "1.1", monkeypatch)
+    assert answered[0] == "1.0"
+    assert answered[-1] == "1.1"
+    assert "".join(answered).count("1.01.1") == 1, "it switched once"
+    notes = [entry.detail for entry in stage.entries("rollout")]
+    assert [(note["phase"], note["step"]) for note in notes] == [
+        (phase, step) for phase in PHASES["rollout"] for step in ("begin", "done")
+    ]
+    assert stage.released() == replace(stage.released(), version="1.1", proven=True)
+    assert "load_models=digits-1.1.mar\n" in (stage.store / "serving.properties").read_text()
+    with journal.open(stage.store) as book:
+        assert book.live("digits") == {"1.0", "1.1"}
+        assert book.previous("digits") == "1.0"
+        verdict = rollout.last_verdict(book, "digits", "1.1")
+        assert list(rollout.due(book, "digits")) == ["1.0"]
+    assert verdict is not None
+    assert verdict.outcome == "pass"
+    page = (stage.store / "verdicts" / "digits-1.1.html").read_text()
+    assert "digits 1.1" in page
+    assert "accuracy" in capsys.readouterr().out
+    calls = {call for call in made if not call.startswith("GET /ping")}
+    said = {each.call for each in planned if each.phase != "later" and not each.call.startswith("load ")}
+    assert calls == said, "the dry run lists what is called, and nothing else"
+
+
+def test_a_rollback_to_a_warm_version_registers_nothing(stage: Stage, capsys: pytest.CaptureFixture[str]) -> None:
+    with asking(stage) as answered:
+        assert rollback_verb.main(stage.rollback()) == 0
+    assert "1.0 answers again (was 1.1)" in capsys.readouterr().out
+    assert answered[-1] == "1.0"
+    assert stage.held() == ["1.0"], "the version that was rolled back from is drained and gone"
+    assert stage.released().why == "rollback from 1.1: by hand"
+    with journal.open(stage.store) as book:
+        assert book.previous("digits") is None
+        assert book.live("digits") == {"1.0"}
+    with pytest.raises(RolloutError, match=r"nothing answered for digits before 1\.0"):
+        rollback_verb.main(stage.rollback())
+
+
+def test_a_rollback_to_a_version_that_was_retired_registers_it_again(stage: Stage) -> None:
+    cold = rollouts.QUICK.replace("warm_seconds = 600.0", "warm_seconds = 0.0")
+    path = stage.home.folder / "cold.toml"
+    path.write_text(cold, encoding="utf-8")
+    with asking(stage) as answered:
+        outcome = verb.rolled_out(stage.settings("1.2", policy=path))
+        assert outcome.warm_until is None
+        assert stage.held() == ["1.2"]
+        assert rollback_verb.main(stage.rollback()) == 0
+    assert set(answered) == {"1.0", "1.2"}
+    assert answered[-1] == "1.0"
+    assert stage.held() == ["1.0"]
+
+
+def test_the_same_version_again_is_proved_and_noted(stage: Stage) -> None:
+    outcome = verb.rolled_out(stage.settings("1.0"))
+    assert (outcome.version, outcome.was) == ("1.0", "1.0")
+    assert stage.released().proven
+
+
+def test_a_second_rollout_of_a_model_says_who_holds_it(stage: Stage) -> None:
+    with (
+        turns.only_one(stage.store, "digits", what="rollout of digits 1.1"),
+        pytest.raises(RolloutError, match=rf"rollout of digits 1\.1, process {os.getpid()}, since"),
+    ):
+        verb.rolled_out(stage.settings("1.1"))
+    assert turns.holder(stage.store, "digits") == ""
+
+
+def test_a_dry_run_calls_nothing(stage: Stage, capsys: pytest.CaptureFixture[str]) -> None:
+    before = stage.entries()
+    assert verb.main(stage.settings("1.1", dry_run=True)) == 0
+    said = capsys.readouterr().out
+    assert "PUT /models/digits/1.1/set-default" in said
+    assert "labelled: " in said
+    assert stage.entries() == before
+    assert stage.held() == ["1.0"]
+
+
+def test_without_labelled_examples_the_gate_stops_it(stage: Stage, tmp_path: Path) -> None:
+    settings = replace(stage.settings("1.1"), runs=tmp_path)
+    with pytest.raises(RolledBack, match=r"gated: no labelled examples for the gate") as told:
+        verb.rolled_out(settings)
+    assert "--holdout" in str(told.value)
+    assert stage.held() == ["1.0"]
+
+
+def test_an_interrupted_rollout_goes_on_where_it_was(stage: Stage, capsys: pytest.CaptureFixture[str]) -> None:
+    with verb.rig(stage.settings(), stage.record("1.1"), None) as made:
+        state = rollout.begin(made)
+        for _ in range(3):
+            state = rollout.advance(state, made)
+        assert state.phase == "ready"
+    with journal.open(stage.store) as book:
+        assert rollout.unfinished(book, "digits") == replace(state, facts=state.facts)
+        found = reconcile.differences(book, "digits", {})
+    assert found[0].mend == "resume"
+    with pytest.raises(RolloutError, match="was interrupted in phase shadowed"):
+        verb.rolled_out(stage.settings("1.2"))
+    assert verb.main(stage.settings(resume=True)) == 0
+    assert "digits 1.1 answers now (was 1.0)" in capsys.readouterr().out
+    assert stage.answers() == "1.1"
+    assert verb.resumed(stage.settings(resume=True)) is None
+    assert rollback_verb.main(stage.rollback()) == 0
+
+
+def test_ctrl_c_leaves_the_champion_and_nothing_half_done(stage: Stage) -> None:
+    """In a process of its own, in the middle of the watch."""
+    line = [sys.executable, "-m", "scripts", "rollout", "1.1", "--model", "digits"]
+    line += ["--store", str(stage.store), "--config", str(stage.home.config_path), "--runs", str(stage.runs)]
+    environment = {**os.environ, "TMPDIR": str(stage.home.temp), "TEMP": str(stage.home.temp)}
+    with subprocess.Popen(line, env=environment, stderr=subprocess.PIPE, text=True) as started:
+        assert started.stderr is not None
+        for said in started.stderr:
+            if said.startswith("watching"):
+                started.send_signal(2)
+                break
+        rest = started.stderr.read()
+        assert started.wait(60) == 130, rest
+    assert "going back to 1.0: watched: interrupted by Ctrl-C" in rest
+    assert stage.answers() == "1.0"
+    assert stage.held() == ["1.0"]
+    assert stage.released().version == "1.0"
+    with journal.open(stage.store) as book:
+        assert rollout.unfinished(book, "digits") is None
+
+
+def test_reconcile_mends_what_somebody_else_has_changed(stage: Stage, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = ReconcileSettings(**stage.places.__dict__)
+    status = StatusSettings(**stage.places.__dict__)
+    with stage.client() as client:
+        client.register("digits-1.3.mar", initial_workers=1, synchronous=True, timeout=60)
+        client.set_default("digits", "1.3")
+    assert status_verb.main(status) == 0
+    said = capsys.readouterr().out
+    assert "attention: digits 1.3 answers, the journal says 1.0" in said
+    assert "attention: digits 1.3 is loaded, the journal does not say that it should be" in said
+    with pytest.raises(RolloutError, match=r"1\.3 of digits answers, the journal says 1\.0"):
+        verb.rolled_out(stage.settings("1.1"))
+    assert reconcile_verb.main(replace(settings, dry_run=True)) == 0
+    assert "would switch" in capsys.readouterr().out
+    assert stage.answers() == "1.3"
+    assert reconcile_verb.main(settings) == 0
+    said = capsys.readouterr().out
+    assert "digits 1.0 answers" in said
+    assert "digits 1.3 is retired" in said
+    assert (stage.answers(), stage.held()) == ("1.0", ["1.0"])
+    assert reconcile_verb.main(settings) == 0
+    assert "the server is what the journal says" in capsys.readouterr().out
+
+
+def test_reconcile_retires_what_was_kept_warm_when_its_time_is_over(
+    stage: Stage, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = stage.home.folder / "short.toml"
+    path.write_text(rollouts.QUICK.replace("warm_seconds = 600.0", "warm_seconds = 1.0"), encoding="utf-8")
+    verb.rolled_out(stage.settings("1.1", policy=path))
+    assert stage.held() == ["1.0", "1.1"]
+    time.sleep(1.1)
+    assert reconcile_verb.main(ReconcileSettings(**stage.places.__dict__)) == 0
+    assert "digits 1.0 is retired" in capsys.readouterr().out
+    assert stage.held() == ["1.1"]
+    assert rollback_verb.main(stage.rollback()) == 0
+
+
+def test_wait_stays_until_the_old_version_is_retired(stage: Stage) -> None:
+    path = stage.home.folder / "short.toml"
+    assert verb.rolled_out(stage.settings("1.1", policy=path, wait=True)).warm_until is None
+    assert stage.held() == ["1.1"]
+    assert rollback_verb.main(stage.rollback()) == 0
+
+
+def test_a_version_whose_pinned_url_is_called_is_not_retired(stage: Stage) -> None:
+    path = stage.home.folder / "busy.toml"
+    policy = rollouts.QUICK.replace("warm_seconds = 600.0", "warm_seconds = 0.0")
+    path.write_text(policy.replace("drain_seconds = 10.0", "drain_seconds = 2.0"), encoding="utf-8")
+    body = next((stage.runs / stage.record("1.0").run / "golden").glob("*.png")).read_bytes()
+    stop, versions = threading.Event(), []
+
+    def pin() -> None:
+        with stage.client() as client:
+            while not stop.wait(0.05):
+                versions.append(client.predict("digits", body, version="1.0").version)
+
+    thread = threading.Thread(target=pin)
+    thread.start()
+    verb.rolled_out(stage.settings("1.1", policy=path))
+    assert stage.held() == ["1.0", "1.1"], "somebody still calls 1.0"
+    stop.set()
+    thread.join()
+    assert set(versions) == {"1.0"}
+    assert "its pinned URL is still called" in stage.entries("kept")[-1].detail["why"]
+    with journal.open(stage.store) as book:
+        assert book.live("digits") == {"1.0", "1.1"}
+    assert rollback_verb.main(stage.rollback()) == 0
+    assert stage.held() == ["1.0"]
+
+
+def test_releases_shows_what_answered_and_why(stage: Stage, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = ReleasesSettings(**stage.places.__dict__)
+    assert releases_verb.main(settings) == 0
+    said = capsys.readouterr().out
+    assert "without proof: test" in said
+    assert "rollback from 1.1: by hand" in said
+    assert "digits: 1.0 should answer, released proven" in said
+    assert releases_verb.main(replace(settings, all=True, json=True)) == 0
+    assert len(json.loads(capsys.readouterr().out)) == len(stage.entries())
+
+
+def test_release_by_hand_says_so_for_ever(stage: Stage, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = ReleaseSettings(**stage.places.__dict__, model="digits", version="1.2")
+    with asking(stage) as answered:
+        assert release_verb.main(settings) == 0
+        while answered[-1:] != ["1.2"]:
+            time.sleep(0.05)
+    assert (stage.released().version, stage.released().proven) == ("1.2", False)
+    assert rollback_verb.main(stage.rollback()) == 0
+    releases_verb.main(ReleasesSettings(**stage.places.__dict__))
+    assert "released by hand, without proof" in capsys.readouterr().out
+
+
+def test_the_stopped_server_is_told_of(digits: Built, tmp_path: Path) -> None:
+    with rollouts.stage(tmp_path, digits, start=False) as stage, pytest.raises(ServerUnreachable, match="not running"):
+        verb.rolled_out(stage.settings("1.1"))
+
+
+def test_every_phase_is_one_function() -> None:
+    assert set(phases.STEPS) == {phase for kind in PHASES.values() for phase in kind}
+    assert loading.ready_pids(None) == ()
