@@ -44,7 +44,7 @@ class ShadowPolicy(_Table):
     """Requests are answered by both versions; callers get the champion's answer."""
 
     requests: Count = 200
-    """Replayed to both, in turns; 0 leaves the phase out."""
+    """Replayed to both, in turns, again and again where there are fewer; 0 leaves the phase out."""
     min_agreement: Share = 0.5
     """Share of requests with the same best label; of a regressor, with a value within 10 % of the champion's."""
     max_errors: Count = 0
