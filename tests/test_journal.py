@@ -6,6 +6,7 @@ import multiprocessing
 import sqlite3
 from pathlib import Path
 
+import psutil
 import pytest
 
 from marwright.errors import RolloutError
@@ -110,7 +111,7 @@ def test_serving_properties_follow_the_journal_and_the_configuration(tmp_path: P
     assert "load_models=cifar10-2.0.mar,digits-1.10.mar\n" in text
     assert f"model_store={store.resolve()}\n" in text
     assert not serving.refresh(config, store), "it was right already"
-    config.write_text(config.read_text().replace("job_queue_size=100", "job_queue_size=7"))
+    config.write_text(config.read_text().replace("job_queue_size=2000", "job_queue_size=7"))
     assert serving.refresh(config, store)
     assert "job_queue_size=7\n" in (store / "serving.properties").read_text()
     with sqlite3.connect(store / journal.FILE) as database:
@@ -118,3 +119,84 @@ def test_serving_properties_follow_the_journal_and_the_configuration(tmp_path: P
     database.close()
     assert serving.refresh(config, store)
     assert "load_models=digits-1.10.mar\n" in (store / "serving.properties").read_text()
+
+
+def test_what_may_answer_when(tmp_path: Path) -> None:
+    """A rollout that settles, one that is rolled back after its switch, and what is retired."""
+    with journal.open(tmp_path) as book:
+        book.release("digits", "1.0", proven=False, why="first")
+        assert book.live("digits") == {"1.0"}
+
+        def phase(version: str, name: str, step: str, number: int = 1) -> None:
+            book.add("digits", version, "rollout", id=number, phase=name, step=step, champion="1.0")
+
+        phase("1.1", "registered", "begin")
+        assert book.live("digits") == {"1.0"}, "nobody may call it yet"
+        phase("1.1", "ready", "done")
+        assert book.live("digits") == {"1.0", "1.1"}
+        book.add("digits", "1.1", "switching", why="")
+        book.release("digits", "1.1", proven=True, why="", running=True)
+        book.add("digits", "1.0", "retiring", why="")
+        assert book.live("digits") == {"1.1"}
+        book.add("digits", "1.0", "kept", why="")
+        assert book.live("digits") == {"1.0", "1.1"}
+        book.add("digits", "1.0", "retired", why="")
+        phase("1.2", "ready", "done", 2)
+        book.add("digits", "1.2", "switching", why="")
+        book.release("digits", "1.2", proven=True, why="", running=True)
+        book.add("digits", "1.2", "rolling back", id=2, reason="")
+        assert book.live("digits") == {"1.1"}
+        book.add("digits", "1.1", "switching", why="")
+        book.release("digits", "1.1", proven=True, why="", running=True, back=True)
+        book.add("digits", "1.2", "rolled back", id=2, reason="")
+        spans = book.spans("digits")
+        times = {(entry.version, entry.event): entry.time for entry in book.entries("digits")}
+    defaults = [(span.version, span.until) for span in spans if span.default]
+    assert defaults == [
+        ("1.0", pytest.approx(next(span.since for span in spans if span.version == "1.1" and span.default), abs=1)),
+        ("1.1", pytest.approx(times["1.2", "released"])),
+        ("1.2", pytest.approx(times["1.1", "released"])),
+        ("1.1", None),
+    ]
+    pinned = {span.version: span.until for span in spans if not span.default}
+    assert pinned == {"1.0": times["1.0", "retired"], "1.2": times["1.2", "rolled back"], "1.1": None}
+
+
+def test_what_a_rollback_leads_to(tmp_path: Path) -> None:
+    with journal.open(tmp_path) as book:
+        for version in ("1.0", "1.1", "1.2"):
+            book.release("digits", version, proven=True, why="", running=True)
+        assert book.previous("digits") == "1.1"
+        book.release("digits", "1.1", proven=True, why="rollback", running=True, back=True)
+        assert book.previous("digits") == "1.0", "a second rollback goes further back"
+        book.release("digits", "1.3", proven=True, why="", running=True)
+        assert book.previous("digits") == "1.1", "1.2 was found wanting"
+        assert book.previous("other") is None
+
+
+def test_a_network_file_system_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No such thing can be mounted here: the table of mounts says that there is one."""
+
+    class Mount:
+        mountpoint = str(tmp_path)
+        fstype = "nfs4"
+
+    real = psutil.disk_partitions(all=True)
+    assert (
+        journal.filesystem(tmp_path)
+        == max(
+            (mount for mount in real if tmp_path.is_relative_to(mount.mountpoint)),
+            key=lambda mount: len(mount.mountpoint),
+        ).fstype
+    )
+    monkeypatch.setattr(psutil, "disk_partitions", lambda all: [*real, Mount()])
+    with pytest.raises(RolloutError, match="network file system \\(nfs4\\)") as told, journal.open(tmp_path / "store"):
+        pass
+    assert "local disk" in str(told.value)
+
+
+def test_a_store_that_cannot_be_written_is_refused() -> None:
+    """/proc takes no files, also from root."""
+    with pytest.raises(RolloutError, match="cannot be used") as told, journal.open(Path("/proc")):
+        pass
+    assert "writable folder on a local disk" in str(told.value)

@@ -57,7 +57,8 @@ def test_every_command_of_the_readme_works() -> None:
         assert "TorchServe is running" in said["make serve"]
         assert "passed" in said["make test"]
         assert "over REST" in said["make predict IMAGE=cat.png"]
-        assert "1.1 answers now (was 1.0, still loaded)" in said["make rollout"]
+        assert "digits 1.1 answers now (was 1.0)" in said["make rollout MODEL=digits"]
+        assert "digits 1.0 answers again (was 1.1)" in said["make rollback MODEL=digits"]
         assert "1.0 answers now (was 1.1)" in said["make release VERSION=1.0"]
         assert "images" in said["make serve RECIPE=images DATA=pictures.zip"]
 

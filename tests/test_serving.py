@@ -10,19 +10,17 @@ import base64
 import json
 import threading
 import time
-import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import requests
 
-from marwright.errors import IdentityMismatch, NotReady, RolledBack, ServerRefused, ServerUnreachable
-from marwright.packing import archive, container, golden, records
-from marwright.release import journal, proof, rollout
+from marwright.errors import IdentityMismatch, NotReady, ServerRefused
+from marwright.packing import golden, records
+from marwright.release import proof
 from marwright.release.client import Client
 from marwright.release.server import Expected
 from tests import archives, torchserve
@@ -226,63 +224,3 @@ def test_proof_is_had_at_the_pinned_url_and_finds_another_bundle(
     wrong = [replace(digits.golden[0], answer={str(digit): 0.1 for digit in range(10)})]
     with pytest.raises(NotReady, match="golden examples wrongly"):
         proof.prove(client, record, wrong)
-
-
-def test_a_challenger_that_cannot_start_is_rolled_back_and_the_champion_goes_on(
-    client: Client, home: torchserve.Home, digits: Built, tmp_path: Path
-) -> None:
-    body: dict[str, container.Content] = {}
-    with zipfile.ZipFile(home.store / "digits-1.0.mar") as opened:
-        body |= {name: opened.read(name) for name in opened.namelist()}
-    manifest = json.loads(bytes(body[archive.MANIFEST]))  # type: ignore[arg-type]
-    manifest["model"]["modelVersion"] = "6.6"
-    body[archive.MANIFEST] = json.dumps(manifest).encode()  # its digest is another one now: the worker refuses
-    container.write(home.store / "digits-6.6.mar", body)
-    challenger = replace(records.record(home.store, "digits", "1.0"), version="6.6", file="digits-6.6.mar")
-    said: list[str] = []
-    with journal.open(tmp_path) as book, pytest.raises(RolledBack, match=r"6\.6 was rolled back, 1\.0 answers"):
-        rollout.roll_out(client, challenger, digits.golden, book=book, seconds=60, progress=said.append)
-    with journal.open(tmp_path) as book:
-        assert [entry.event for entry in book.entries("digits")] == ["rollout", "rolled back"]
-        assert book.released("digits") is None
-    assert rollout.default_version(client, "digits") == "1.0"
-    assert "6.6" not in rollout.versions(client, "digits")
-    assert client.predict("digits", digits.golden[0].body).version == "1.0"
-
-
-def test_a_challenger_with_wrong_answers_is_rolled_back(
-    client: Client, home: torchserve.Home, digits: Built, tmp_path: Path
-) -> None:
-    challenger = archives.build(digits.run, home.store, threads=2, version="2.0").record
-    wrong = [replace(digits.golden[0], answer={str(digit): 0.1 for digit in range(10)})]
-    with journal.open(tmp_path) as book, pytest.raises(RolledBack, match="golden examples wrongly"):
-        rollout.roll_out(client, challenger, wrong, book=book, seconds=60, progress=str)
-    assert sorted(rollout.versions(client, "digits")) == ["1.0", "1.1"]
-    assert rollout.default_version(client, "digits") == "1.0"
-
-
-def test_a_rollout_whose_server_is_gone_is_in_the_journal_all_the_same(
-    home: torchserve.Home, digits: Built, tmp_path: Path
-) -> None:
-    class Gone(Client):
-        """The server dies at the moment of registering."""
-
-        def register(self, *args: Any, **options: Any) -> str:
-            raise ServerUnreachable("nobody answers")
-
-        def unregister(self, *args: Any, **options: Any) -> str:
-            raise ServerUnreachable("nobody answers")
-
-        def models(self) -> dict[str, str]:
-            if self.dead:
-                raise ServerUnreachable("nobody answers")
-            self.dead = True
-            return {"digits": "digits-1.0.mar"}
-
-        dead = False
-
-    challenger = replace(digits.record, version="3.0", file="digits-3.0.mar")
-    with home.client() as real, Gone(home.config, real._tokens) as client, journal.open(tmp_path) as book:
-        with pytest.raises(RolledBack, match="the server could not be told"):
-            rollout.roll_out(client, challenger, digits.golden, book=book, seconds=5, progress=str)
-        assert book.entries("digits")[-1].event == "rolled back"
