@@ -232,12 +232,20 @@ def _holdout(settings: RolloutSettings, record: ArchiveRecord) -> Holdout | None
             inputs, labels = opened["inputs"], opened["labels"]
     except (ValueError, KeyError, OSError) as error:
         raise DataError(f"{path} is no holdout: {error}", hint="an .npz with the arrays inputs and labels") from None
-    if len(inputs) != len(labels) or inputs.shape[1:] != spec.input.shape:
+    if len(inputs) != len(labels) or not len(labels) or inputs.shape[1:] != spec.input.shape:
         raise DataError(
             f"{path} has inputs of shape {inputs.shape} and {len(labels)} labels; {record.model} takes"
             f" {spec.input.shape}",
             hint="inputs N×… as the artifact takes them, labels N",
         )
+    if spec.classes and (labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= len(spec.classes)):
+        raise DataError(
+            f"{path} has labels that are no classes of {record.model}: {labels.dtype}, {labels.min()} to {labels.max()}",
+            hint=f"whole numbers from 0 to {len(spec.classes) - 1}, in the order of the model's classes",
+        )
+    # A first look takes the first of them: they must not be sorted by class. The same order again after --resume.
+    order = np.random.default_rng(0).permutation(len(labels))
+    inputs, labels = inputs[order], labels[order]
     if isinstance(spec.input, ImageInput):
         return Holdout([Sample(_npy(one)) for one in inputs], labels, tuple(spec.classes))
     rows = [Sample(json.dumps(one.tolist()).encode(), "application/json") for one in inputs]
