@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 
+from marwright.learning.recipe import Recipe
 from marwright.packing import archive, records
+from marwright.packing.exporting import Artifact
 from marwright.packing.records import ArchiveRecord
 from marwright.release import journal, serving
 from marwright.release.journal import Standing
 from marwright.release.server import Server
-from marwright.settings import ArchiveSettings
+from marwright.runs import Run
+from marwright.settings import ArchiveSettings, Places
 from scripts import export
 
 SETTINGS = ArchiveSettings
@@ -34,10 +37,23 @@ def archived(settings: ArchiveSettings) -> tuple[ArchiveRecord, bool, Standing]:
     """The archive of the recipe's run, whether it is new, and what that means for the version that answers."""
     if settings.version is not None:
         records.check_version(settings.version)  # before anything is trained for it
-    chosen, run, artifact = export.exported(settings)
+    return stored(settings, *export.exported(settings), version=settings.version)
+
+
+def stored(
+    settings: Places,
+    chosen: Recipe,
+    run: Run,
+    artifact: Artifact,
+    *,
+    version: str | None = None,
+    behind_gate: bool = False,
+) -> tuple[ArchiveRecord, bool, Standing]:
+    """The archive of that run, in the store and in the journal. `behind_gate`: where a version is released already,
+    this one waits for its rollout, be the server running or not."""
     with journal.open(settings.store) as book:
         used = {entry.version for entry in book.entries(chosen.name, event="archived")}
-    record, built = archive.write(run, artifact, chosen, settings.store, version=settings.version, used=used)
+    record, built = archive.write(run, artifact, chosen, settings.store, version=version, used=used)
     server = Server(settings.serving, home=settings.home)
     with server.lock(settings.store / ".start.lock"), journal.open(settings.store) as book:
         known = book.entries(record.model, event="archived")
@@ -49,7 +65,7 @@ def archived(settings: ArchiveSettings) -> tuple[ArchiveRecord, bool, Standing]:
             record.version,
             new=new,
             released=released,
-            running=server.find() is not None,
+            running=behind_gate or server.find() is not None,
             proven=book.has_proven_rollout(record.model),
         )
         if standing.releases:
