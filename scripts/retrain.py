@@ -44,6 +44,8 @@ from scripts import archive, rollout
 SETTINGS = RetrainSettings
 NEW = Path("new")
 UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
+NOT_ITS_FAULT = ("interrupted by Ctrl-C", "resumed while TorchServe was not running")
+"""Ends of a rollout's reason that say nothing about the version: it is tried again."""
 LONGEST = timedelta(days=366)
 
 Say = Callable[[str], None]
@@ -296,12 +298,13 @@ def _tried(settings: RetrainSettings, record: ArchiveRecord) -> str:
     """Whether the journal knows how a rollout of that very version ended: it is not tried over and over."""
     with journal.open(settings.store) as book:
         entries = [entry for entry in book.entries(record.model) if entry.version == record.version]
-    for entry in reversed(entries):
-        if entry.event == "rolled back":
-            return f"was rolled back on {entry.at[:10]} ({entry.detail.get('reason', 'no reason given')})"
-        if entry.event == "released":
-            return "answered before, and another version was preferred"
-    return ""
+    last = next((entry for entry in reversed(entries) if entry.event in ("rolled back", "released")), None)
+    if last is None:
+        return ""
+    if last.event == "released":
+        return "answered before, and another version was preferred"
+    reason = str(last.detail.get("reason", "")).splitlines()[0]
+    return "" if reason.endswith(NOT_ITS_FAULT) else f"was rolled back on {last.at[:10]} ({reason})"
 
 
 def _running(settings: RetrainSettings) -> bool:

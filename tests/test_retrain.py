@@ -25,6 +25,7 @@ import pytest
 from marwright.errors import DataError, RolledBack, ServerUnreachable, SettingsError
 from marwright.packing import records
 from marwright.release import journal
+from marwright.release import rollout as phases
 from marwright.runs import Run
 from marwright.settings import RetrainSettings, RolloutSettings
 from scripts import __main__ as marwright
@@ -201,6 +202,17 @@ def test_what_was_refused_is_not_tried_again_until_there_is_more(served: House) 
     outcome, _ = served.turn()
     assert (outcome.phase, outcome.version, outcome.added) == ("settled", "1.2", 15)
     assert served.run_of("1.2").about["start"]["run"] == served.run_of("1.0").id
+
+
+def test_a_rollout_that_was_only_interrupted_is_tried_again(served: House) -> None:
+    served.label(10)
+    for why in (f"watched: {phases._CTRL_C}", "resumed while TorchServe was not running"):
+        served.verdict = why
+        with pytest.raises(RolledBack):
+            served.turn()
+    served.verdict = ""
+    assert served.turn()[0].phase == "settled"
+    assert served.rollouts == ["1.1"] * 3
 
 
 def test_a_version_that_somebody_went_back_from_stays_away(served: House) -> None:
