@@ -182,6 +182,12 @@ def _go_back(state: State, rig: Rig) -> State:
     try:
         _champion_by_default(state, rig)
     except ServerError as error:
+        if rig.server.find() is not None:  # it goes on answering: what is not done must not be called done
+            raise RolloutError(
+                f"{state.model} {state.version} is to be rolled back, and the server cannot be told to let"
+                f" {state.champion} answer: {error.message}\nwhy it is to be rolled back: {state.failing}",
+                hint=f"put that right, then marwright rollout --resume --model {state.model}",
+            ) from error
         left.append(f"the server could not be told to let {state.champion} answer: {error.message}")
     try:
         if switched and state.champion:
