@@ -79,7 +79,7 @@ retrain: $(STAMP) ## learn from newly labelled examples and roll out: make retra
 	@$(BIN)/marwright retrain $(recipe_options) $(if $(NEW),--new '$(NEW)') $(if $(EVERY),--every $(EVERY)) $(policy_option)
 
 loadtest: $(STAMP) ## open-loop load, every answer checked: make loadtest RATE=200 SECONDS=30 GRPC_SHARE=0.5
-	@$(BIN)/marwright loadtest $(model_option) $(if $(RATE),--rate $(RATE)) $(if $(SECONDS),--seconds $(SECONDS)) $(if $(GRPC_SHARE),--grpc-share $(GRPC_SHARE)) --out loadtest.csv; \
+	@rm -f loadtest.csv; $(BIN)/marwright loadtest $(model_option) $(if $(RATE),--rate $(RATE)) $(if $(SECONDS),--seconds $(SECONDS)) $(if $(GRPC_SHARE),--grpc-share $(GRPC_SHARE)) --out loadtest.csv; \
 	status=$$?; $(BIN)/marwright loadreport loadtest.csv --html loadtest.html; exit $$status
 
 test: $(STAMP) ## ruff, mypy and the whole test suite, the real server included
