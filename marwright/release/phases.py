@@ -135,20 +135,23 @@ def _shadowed(state: State, rig: Rig) -> dict[str, Any]:
     known = rig.samples or shadow.from_golden(rig.golden(state.version))
     chosen = [known[number % len(known)] for number in range(policy.requests)]
     rig.progress(f"{len(chosen)} requests to {state.champion} and {state.version}")
-    champion, challenger = shadow.side_by_side(rig.client, state.model, (state.champion, state.version), chosen)
+    versions = (state.champion, state.version)
+    champion, challenger = shadow.side_by_side(
+        rig.client, state.model, versions, chosen, max_missed=policy.max_errors
+    )
     agreement = shadow.agreement(champion, challenger)
     grown = max(0, challenger.grown - champion.grown) / 1e6
     ratio = challenger.median / champion.median
-    answered = [one is not None for one in champion.answers]
-    missed = sum(ours and other is None for ours, other in zip(answered, challenger.answers, strict=True))
+    answered = sum(one is not None for one in champion.answers)
+    missed = shadow.missed(champion, challenger)
     _same_workers(state, rig)
-    if not any(answered):
+    if not answered:
         raise RolloutError(
             f"the champion {state.champion} answered none of {len(chosen)} requests: {champion.errors[0]}"
         )
     if missed > policy.max_errors:
         raise RolloutError(
-            f"errors: {missed} of {len(chosen)} requests that {state.champion} answered, limit {policy.max_errors};"
+            f"errors: {missed} of {answered} requests that {state.champion} answered, limit {policy.max_errors};"
             f" the first: {challenger.errors[0]}"
         )
     if agreement < policy.min_agreement:
@@ -185,7 +188,7 @@ def _gated(state: State, rig: Rig) -> dict[str, Any]:
     count = gate.examples_at(look, rig.policy.gate, len(rig.holdout.samples))
     rig.progress(f"gate, look {look} of {rig.policy.gate.looks}: {count} labelled examples to both")
     versions = (state.champion, state.version)
-    sides = shadow.side_by_side(rig.client, state.model, versions, rig.holdout.samples[:count])
+    sides = shadow.side_by_side(rig.client, state.model, versions, rig.holdout.samples[:count], max_missed=0)
     _same_workers(state, rig)
     ours, theirs = (
         Observed(
@@ -198,7 +201,7 @@ def _gated(state: State, rig: Rig) -> dict[str, Any]:
         for side, record in zip(sides, (champion, rig.challenger), strict=True)
     )
     verdict = gate.decide(
-        ours, theirs, rig.holdout.targets[:count], rig.policy.gate, classes=rig.holdout.classes, look=look
+        ours, theirs, rig.holdout.targets[: len(ours.outputs)], rig.policy.gate, classes=rig.holdout.classes, look=look
     )
     if verdict.outcome == "inconclusive":
         raise Inconclusive(verdict)

@@ -1,6 +1,6 @@
 """The same requests to two versions, in turns: what each answers, how fast, and what it costs its worker.
 
-    champion, challenger = shadow.side_by_side(client, "digits", ("1.0", "1.1"), requests)
+    champion, challenger = shadow.side_by_side(client, "digits", ("1.0", "1.1"), requests, max_missed=0)
     shadow.agreement(champion, challenger)              # 0.98
 
 Each goes to the pinned URL; callers of the default URL notice nothing. Which of the two is asked first alternates, so
@@ -71,9 +71,14 @@ def side_by_side(
     versions: tuple[str, str],
     samples: Sequence[Sample],
     *,
+    max_missed: int,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[Side, Side]:
-    """Every sample to both versions, all labels asked for. A version's refusals are in its `errors`, never raised."""
+    """Every sample to both versions, all labels asked for. A version's refusals are in its `errors`, never raised.
+
+    Ends early when the second one owes more than `max_missed` answers that the first one gave: nothing can make up for
+    them, and each may be a timeout that has to be waited for.
+    """
     sides = (Side(versions[0]), Side(versions[1]))
     pids = tuple(loading.ready_pids(loading.loaded(client, model, version)) for version in versions)
     half = (0, 0)
@@ -82,12 +87,20 @@ def side_by_side(
             half = (largest(pids[0]), largest(pids[1]))
         for side in sides if number % 2 else reversed(sides):
             _ask(client, model, side, sample)
+        if missed(*sides) > max_missed:
+            break
         if progress is not None:
             progress(number + 1)
     for side, before, of in zip(sides, half, pids, strict=True):
         side.memory = largest(of)
         side.grown = max(0, side.memory - before) if before and side.memory else 0
     return sides
+
+
+def missed(champion: Side, challenger: Side) -> int:
+    """How many of the requests that the champion answered the challenger did not."""
+    pairs = zip(champion.answers, challenger.answers, strict=True)
+    return sum(one is not None and other is None for one, other in pairs)
 
 
 def agreement(champion: Side, challenger: Side) -> float:
