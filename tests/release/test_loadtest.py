@@ -431,7 +431,7 @@ def test_nobody_listening_is_broken_over_both_ways(tmp_path: Path) -> None:
     config = ServerConfig(
         Path("none"), inference_url=f"http://127.0.0.1:{rest}", grpc_inference=f"127.0.0.1:{grpc}", token_auth=False
     )
-    summary, read = fire(config, ["ok"], tmp_path / "raw.csv", rate=50, seconds=1, grpc_share=0.5)
+    summary, read = fire(config, ["ok"], tmp_path / "raw.csv", rate=300, seconds=1, grpc_share=0.5)
     assert summary.counts["broken"] == summary.requests > 0
     assert set(read.kind.tolist()) == {"rest", "grpc"}
     assert any("no connection" in detail for detail in read.detail)
@@ -455,16 +455,16 @@ def test_a_stall_is_charged_to_every_request_that_was_due_in_it(odd: Odd, tmp_pa
     began, ended = odd.stalled
     assert set(read.outcome.tolist()) == {"ok"}
     assert np.allclose(np.diff(read.due), 1 / 200, atol=2e-6)  # the plan, whatever the server did
+    assert len(read) == 400  # all of them, not the few that a client waiting for its answers would have sent
     inside = (read.due > began + 0.01) & (read.due < ended)
-    assert inside.sum() >= 195  # all of them, not the few that a waiting client would have sent
+    assert inside.any()
     assert (read.done[inside] >= ended - 0.001).all()
     found = report.findings(read)
     assert found.pause is not None
-    assert found.pause.seconds > 0.98
-    assert began - 0.1 < found.pause.at < began + 0.1
-    waited = np.sort((ended - read.due[inside]) * 1000)
-    assert found.lines[0].percentiles["p90"] is not None
-    assert found.lines[0].percentiles["p90"] > np.percentile(waited, 75)  # 200 of 400 waited: p90 is their p80
+    assert found.pause.at <= ended <= found.pause.at + found.pause.seconds + 0.001
+    longest = np.sort((ended - read.due[inside]) * 1000)[-4]  # p99 of 400 is the fifth of the longest
+    assert found.lines[0].percentiles["p99"] is not None
+    assert found.lines[0].percentiles["p99"] > longest - 6
 
 
 def test_connections_have_a_limit_and_requests_wait_their_turn(odd: Odd, tmp_path: Path, monkeypatch: Any) -> None:

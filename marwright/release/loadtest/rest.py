@@ -56,7 +56,7 @@ class Pool:
                 connection.carry(call)
                 return
         self._waiting.append(call)
-        self._open_another()
+        self._open_more()
 
     def drop(self, call: Call) -> None:
         connection = call.carrier
@@ -78,7 +78,7 @@ class Pool:
 
     def closed(self, connection: Connection) -> None:
         self._open.discard(connection)
-        self._open_another()
+        self._open_more()
 
     async def close(self) -> None:
         self._waiting.clear()
@@ -88,14 +88,16 @@ class Pool:
             connection.end()
         await asyncio.gather(*self._opening, return_exceptions=True)
 
-    def _open_another(self) -> None:
-        if len(self._opening) < len(self._waiting) and len(self._open) + len(self._opening) < self._limit:
+    def _open_more(self) -> None:
+        """An attempt for each request that waits, up to the limit."""
+        while len(self._opening) < len(self._waiting) and len(self._open) + len(self._opening) < self._limit:
             task = asyncio.get_running_loop().create_task(self._connect())
             self._opening.add(task)
             task.add_done_callback(self._attempted)
 
     def _attempted(self, task: asyncio.Task[None]) -> None:
         self._opening.discard(task)
+        self._open_more()  # for one that came after this attempt had failed, and counted on it
         if not task.cancelled():
             task.result()  # an error of ours ends the run, by the loop's exception handler
 

@@ -351,7 +351,7 @@ class _Run:
             await asyncio.sleep(self._keys.interval)
             if self._keys.near_its_end():
                 self._writer.note({"event": "renewing the token", "at": now()})
-            if await self._keys.refresh():
+            if await self._keys.refresh(lambda: self._flying == 0):
                 self._new_key()
             self._due()  # what was held back meanwhile
             await asyncio.to_thread(self._checks.learn)
@@ -364,8 +364,9 @@ class _Run:
 class _Keys:
     """The inference key. It is renewed here, earlier than others would.
 
-    The old key is worth nothing from the moment at which the server makes another, so nothing may be sent in between:
-    `renewing` is true meanwhile, for some milliseconds once in the life of a key. What was due is late, and counts so.
+    The old key is worth nothing from the moment at which the server makes another, so nothing may be on its way then:
+    `renewing` holds everything back, for some milliseconds once in the life of a key. What was due is late, and counts
+    so.
     """
 
     def __init__(self, config: ServerConfig, tokens: Tokens | None, needed: float) -> None:
@@ -373,6 +374,7 @@ class _Keys:
         life = config.token_minutes * 60
         self._tokens = tokens
         self._margin = min(90.0, 0.3 * life)
+        self._patience = min(1.0, self._margin / 3)
         self.interval = min(1.0, 0.05 * life)
         self.renewing = False
         self.key = ""
@@ -385,7 +387,7 @@ class _Keys:
     def near_its_end(self) -> bool:
         return self._tokens is not None and self._left() < self._margin
 
-    async def refresh(self) -> bool:
+    async def refresh(self, all_answered: Callable[[], bool]) -> bool:
         """Look the key up again, and renew it near its end; whether there is another one now."""
         if self._tokens is None:
             return False
@@ -396,7 +398,9 @@ class _Keys:
             try:
                 if self.near_its_end():
                     self.renewing = True
-                    await asyncio.sleep(0.02)  # let the server read what was sent with the old one
+                    until = now() + self._patience
+                    while not all_answered() and now() < until:
+                        await asyncio.sleep(0.002)
                     await asyncio.to_thread(self._tokens.renew, "inference")
                 self.key = await asyncio.to_thread(self._tokens.key, "inference")
             finally:
