@@ -27,6 +27,7 @@ from marwright.release.phases import Kind, Rig, State
 from marwright.release.policy import Policy
 from marwright.release.server import Server
 from marwright.release.shadow import Holdout, Sample
+from marwright.runs import Run
 from marwright.settings import Places, RolloutSettings
 
 SETTINGS = RolloutSettings
@@ -238,18 +239,34 @@ def _holdout(settings: RolloutSettings, record: ArchiveRecord) -> Holdout | None
             f" {spec.input.shape}",
             hint="inputs N×… as the artifact takes them, labels N",
         )
-    if spec.classes and (labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= len(spec.classes)):
+    known = _labelled_with(settings, record, path)
+    if known and (labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= len(known)):
         raise DataError(
-            f"{path} has labels that are no classes of {record.model}: {labels.dtype}, {labels.min()} to {labels.max()}",
-            hint=f"whole numbers from 0 to {len(spec.classes) - 1}, in the order of the model's classes",
+            f"{path} has labels that are no classes of {record.model}:"
+            f" {labels.dtype}, {labels.min()} to {labels.max()}",
+            hint=f"whole numbers from 0 to {len(known) - 1}, in the order of the model's classes",
         )
     # A first look takes the first of them: they must not be sorted by class. The same order again after --resume.
     order = np.random.default_rng(0).permutation(len(labels))
     inputs, labels = inputs[order], labels[order]
+    classes = (*known, *(name for name in spec.classes if name not in known))
     if isinstance(spec.input, ImageInput):
-        return Holdout([Sample(_npy(one)) for one in inputs], labels, tuple(spec.classes))
+        return Holdout([Sample(_npy(one)) for one in inputs], labels, classes)
     rows = [Sample(json.dumps(one.tolist()).encode(), "application/json") for one in inputs]
-    return Holdout(rows, labels, tuple(spec.classes))
+    return Holdout(rows, labels, classes)
+
+
+def _labelled_with(settings: RolloutSettings, record: ArchiveRecord, path: Path) -> tuple[str, ...]:
+    """The classes that the labels in `path` are numbers of: those of its run, else of the version that answers.
+
+    Not the challenger's own: one whose labels are mixed up would be judged by its own mistake.
+    """
+    if settings.holdout is None and path.with_name("spec.json").is_file():
+        return Run(path.parent).spec.classes
+    with journal.open(settings.store) as book:
+        released = book.released(record.model)
+    of = records.record(settings.store, record.model, released.version) if released else record
+    return golden.spec(settings.store / of.file).classes
 
 
 def _npy(array: np.ndarray) -> bytes:
@@ -264,10 +281,14 @@ def _show_verdict(settings: RolloutSettings, book: Journal, state: State) -> Non
     if verdict is None:
         return
     path = settings.store / "verdicts" / f"{state.model}-{state.version}.html"
-    files.write_text(path, verdicts.page(verdict, title=f"{state.model} {state.version}"))
+    where = f"verdict: {path}"
+    try:
+        files.write_text(path, verdicts.page(verdict, title=f"{state.model} {state.version}"))
+    except OSError as error:  # the journal has it; how the rollout ended is what must be said
+        where = f"the verdict's page could not be written: {error}"
     if not settings.json:
         cli.print_table(*verdicts.table(verdict))
-        print(f"verdict: {path}")
+        print(where)
 
 
 def _models(settings: RolloutSettings) -> list[str]:
