@@ -136,9 +136,7 @@ def _shadowed(state: State, rig: Rig) -> dict[str, Any]:
     chosen = [known[number % len(known)] for number in range(policy.requests)]
     rig.progress(f"{len(chosen)} requests to {state.champion} and {state.version}")
     versions = (state.champion, state.version)
-    champion, challenger = shadow.side_by_side(
-        rig.client, state.model, versions, chosen, max_missed=policy.max_errors
-    )
+    champion, challenger = shadow.side_by_side(rig.client, state.model, versions, chosen, max_missed=policy.max_errors)
     agreement = shadow.agreement(champion, challenger)
     grown = max(0, challenger.grown - champion.grown) / 1e6
     ratio = challenger.median / champion.median
