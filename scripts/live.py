@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from marwright.errors import ServerUnreachable
+from marwright.errors import ServerUnreachable, SettingsError
 from marwright.release.client import Client
 from marwright.release.server import Server
 from marwright.release.tokens import Tokens
@@ -26,6 +26,18 @@ def tokens(places: Places) -> Tokens:
     found = server.find()
     assert found is not None
     return Tokens(found.key_file, server.config())
+
+
+def only_model(client: Client) -> str:
+    """The one model that is served; SettingsError where there are several."""
+    models = sorted(client.models())
+    if len(models) != 1:
+        there = ", ".join(models) or "none"
+        raise SettingsError(
+            f"the server serves {len(models)} models: {there}",
+            hint="name one: --model NAME, or make … MODEL=NAME",
+        )
+    return models[0]
 
 
 def _running(places: Places) -> Server:

@@ -13,14 +13,14 @@ from marwright.release.loadtest.checks import OUTCOMES, Checks
 from marwright.release.loadtest.plan import Load
 from marwright.release.loadtest.run import Summary
 from marwright.settings import LoadtestSettings
-from scripts import live, predict
+from scripts import live
 
 SETTINGS = LoadtestSettings
 
 
 def main(settings: LoadtestSettings) -> int:
     with live.client(settings) as client:
-        model = settings.model or predict._only_model(client)
+        model = settings.model or live.only_model(client)
         about = {"serving": _serving(client, model)}
         config = client.config
     load = Load(

@@ -7,8 +7,7 @@ import sys
 from pathlib import Path
 
 from marwright import cli
-from marwright.errors import DataError, SettingsError
-from marwright.release.client import Client
+from marwright.errors import DataError
 from marwright.settings import PredictSettings
 from scripts import live
 
@@ -18,7 +17,7 @@ SETTINGS = PredictSettings
 def main(settings: PredictSettings) -> int:
     body = _read(settings.input)
     with live.client(settings) as client:
-        model = settings.model or _only_model(client)
+        model = settings.model or live.only_model(client)
         if settings.grpc:
             fields = {"data": body} | ({"top_k": str(settings.top_k).encode()} if settings.top_k is not None else {})
             answer = client.predict_grpc(model, fields, version=settings.version)
@@ -43,14 +42,3 @@ def _read(path: Path) -> bytes:
         return sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}", hint="make predict IMAGE=picture.png") from None
-
-
-def _only_model(client: Client) -> str:
-    models = sorted(client.models())
-    if len(models) != 1:
-        there = ", ".join(models) or "none"
-        raise SettingsError(
-            f"the server serves {len(models)} models: {there}",
-            hint="name one: --model NAME, or make predict MODEL=NAME",
-        )
-    return models[0]

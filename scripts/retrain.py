@@ -28,8 +28,8 @@ from apscheduler.schedulers.blocking import BlockingScheduler
 from apscheduler.triggers.interval import IntervalTrigger
 
 from marwright import cli
-from marwright.errors import MarwrightError, SettingsError
-from marwright.learning import additions, data, graphs, recipe, training
+from marwright.errors import MarwrightError, RolledBack, SettingsError
+from marwright.learning import additions, data, graphs, provenance, recipe, training
 from marwright.learning.additions import Difference
 from marwright.learning.dataset import Dataset
 from marwright.learning.recipe import Recipe
@@ -96,15 +96,8 @@ def retrained(settings: RetrainSettings, *, say: Say = lambda step: None) -> Out
         news = _news(settings, examples, champion, say)
         if news.nothing:
             return Outcome(chosen.name, "nothing new", champion.record.version if champion else None)
-        run = training.train(
-            chosen,
-            examples,
-            settings.runs,
-            start=_start(chosen, examples, champion, say),
-            resume=True,
-            progress=not settings.json,
-        )
-        say(f"trained {run.id} ({', '.join(f'{name} {value:.4g}' for name, value in run.spec.metrics.items())})")
+        start = _start(chosen, examples, champion, say)
+        run = _trained(settings, chosen, examples, start, say)
         artifact = exporting.export(run, chosen.serving.format)
         record, built, _ = archive.stored(settings, chosen, run, artifact, behind_gate=True)
         say(f"built {record.file}" if built else f"{record.file} was built before")
@@ -178,12 +171,12 @@ def period(text: str) -> timedelta:
 def _turn(settings: RetrainSettings) -> Outcome:
     """One turn and its line in the log, however it ends."""
     steps: list[str] = []
-    model = Path(settings.recipe).stem
-    phase = "failed"
+    model, phase = Path(settings.recipe).stem, "failed"
     try:
         outcome = retrained(settings, say=steps.append)
         phase = outcome.phase
     except MarwrightError as error:
+        phase = "rolled back" if isinstance(error, RolledBack) else "failed"
         steps.append(error.message.splitlines()[0])
         raise
     except KeyboardInterrupt:
@@ -240,7 +233,8 @@ def _examples(settings: RetrainSettings, chosen: Recipe, say: Say) -> Dataset:
     new = settings.new
     if new is None and (NEW / chosen.name).exists():
         new = NEW / chosen.name
-    examples = data.load(chosen, path=settings.data, new=new, cache=settings.runs / "cache", progress=not settings.json)
+    bars = not settings.json and sys.stdout.isatty()  # in a log each would be an empty line
+    examples = data.load(chosen, path=settings.data, new=new, cache=settings.runs / "cache", progress=bars)
     for note in examples.notes:
         say(note)
     return examples
@@ -274,6 +268,15 @@ def _start(chosen: Recipe, examples: Dataset, champion: Champion | None, say: Sa
         return None
     say(f"from the weights of {champion.run.id}")
     return champion.run
+
+
+def _trained(settings: RetrainSettings, chosen: Recipe, examples: Dataset, start: Run | None, say: Say) -> Run:
+    """The finished run: new, gone on with, or there from an earlier turn."""
+    there = Run(settings.runs / provenance.run_id(chosen, examples, start)).finished
+    run = training.train(chosen, examples, settings.runs, start=start, resume=True, progress=not settings.json)
+    scores = ", ".join(f"{name} {value:.4g}" for name, value in run.spec.metrics.items())
+    say(f"{'there was' if there else 'trained'} {run.id} ({scores})")
+    return run
 
 
 def _released(settings: RetrainSettings, record: ArchiveRecord, champion: Champion | None, say: Say) -> str:
