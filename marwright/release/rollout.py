@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 
 from marwright.errors import MarwrightError, RolledBack, RolloutError, ServerError
@@ -170,35 +171,36 @@ def _go_back(state: State, rig: Rig) -> State:
     """The champion is the default, the challenger is gone; as far as the server can still be told."""
     rig.progress(f"going back to {state.champion or 'nothing'}: {state.failing}")
     about = {"id": state.id, "reason": state.failing, "champion": state.champion}
-    try:
+    with _journal_or_stop(state, rig):
         rig.book.add(state.model, state.version, "rolling back", **about)
         released = rig.book.released(state.model)
         switched = state.champion is not None and released is not None and released.version != state.champion
         if switched and state.champion:
             rig.book.add(state.model, state.champion, "switching", why=f"rolled back from {state.version}")
-    except RolloutError as trouble:
-        _leave_as_journalled(state, rig, trouble)
-    left = []
+    untold: ServerError | None = None
     try:
         _champion_by_default(state, rig)
     except ServerError as error:
-        if rig.server.find() is not None:  # it goes on answering: what is not done must not be called done
-            raise RolloutError(
-                f"{state.model} {state.version} is to be rolled back, and the server cannot be told to let"
-                f" {state.champion} answer: {error.message}\nwhy it is to be rolled back: {state.failing}",
-                hint=f"put that right, then marwright rollout --resume --model {state.model}",
-            ) from error
-        left.append(f"the server could not be told to let {state.champion} answer: {error.message}")
-    try:
-        if switched and state.champion:
+        untold = error
+    with _journal_or_stop(state, rig):
+        if switched and state.champion:  # also where the server could not be told: its next start is right then
             why = f"rolled back from {state.version}: {state.failing.splitlines()[0]}"
-            rig.book.release(state.model, state.champion, proven=True, why=why, running=True, back=True)
+            before = rig.book.entries(state.model, event="released")
+            proven = any(entry.detail["proven"] for entry in before if entry.version == state.champion)
+            rig.book.release(state.model, state.champion, proven=proven, why=why, running=True, back=True)
             serving.refresh(rig.config, rig.store)
-        if not left:
-            left += filter(None, [_challenger_out(state, rig)])
+    if untold is not None and rig.server.find() is not None:
+        raise RolloutError(
+            f"{state.model} {state.version} is to be rolled back, and the server cannot be told to let"
+            f" {state.champion} answer: {untold.message}\nwhy it is to be rolled back: {state.failing}",
+            hint=f"put that right, then marwright rollout --resume --model {state.model}",
+        ) from untold
+    if untold is not None:
+        left = [f"the server could not be told to let {state.champion} answer: {untold.message}"]
+    else:
+        left = list(filter(None, [_challenger_out(state, rig)]))
+    with _journal_or_stop(state, rig):
         rig.book.add(state.model, state.version, "rolled back", **about, left=left)
-    except RolloutError as trouble:
-        _leave_as_journalled(state, rig, trouble)
     return replace(state, ended="rolled back", left="\n".join(left))
 
 
@@ -232,16 +234,20 @@ def _challenger_out(state: State, rig: Rig) -> str:
         return f"{state.version} could not be taken out of the server: {error.message}"
 
 
-def _leave_as_journalled(state: State, rig: Rig, trouble: RolloutError) -> None:
-    """The journal cannot be written, so nothing is decided any more: the server is made what it says."""
-    with contextlib.suppress(MarwrightError):
-        released = rig.book.released(state.model)
-        if released is not None and loading.default_version(rig.client, state.model) != released.version:
-            rig.client.set_default(state.model, released.version)
-    raise RolloutError(
-        f"the {state.kind} of {state.model} {state.version} stopped: {state.failing}\n{trouble.message}",
-        hint=f"put that right, then marwright rollout --resume --model {state.model}",
-    ) from trouble
+@contextlib.contextmanager
+def _journal_or_stop(state: State, rig: Rig) -> Iterator[None]:
+    """Where the journal cannot be written nothing is decided any more: the server is made what it says."""
+    try:
+        yield
+    except RolloutError as trouble:
+        with contextlib.suppress(MarwrightError):
+            released = rig.book.released(state.model)
+            if released is not None and loading.default_version(rig.client, state.model) != released.version:
+                rig.client.set_default(state.model, released.version)
+        raise RolloutError(
+            f"the {state.kind} of {state.model} {state.version} stopped: {state.failing}\n{trouble.message}",
+            hint=f"put that right, then marwright rollout --resume --model {state.model}",
+        ) from trouble
 
 
 def _what_answers(state: State, rig: Rig) -> str:
