@@ -195,6 +195,7 @@ def test_what_was_refused_is_not_tried_again_until_there_is_more(served: House) 
         served.turn()
     outcome, said = served.turn()
     assert (outcome.phase, outcome.version) == ("refused before", "1.1")
+    assert any(step.startswith(f"there was {outcome.run} (") for step in said), "it was not trained again"
     assert any("accuracy 0.61" in step and "marwright rollout 1.1 --model tiny" in step for step in said)
     assert (served.rollouts, served.versions(), served.released()) == (["1.1"], ["1.0", "1.1"], "1.0")
     served.verdict = ""
@@ -309,7 +310,9 @@ def test_exit_codes_and_the_line_of_a_turn_that_failed(served: House, capsys: py
     assert marwright.main(served.words) == 3
     seen = capsys.readouterr()
     line = seen.out.splitlines()[-1]
-    assert re.match(r"\d{4}-\d\d-\d\dT\S+ tiny: failed: 10 new examples; from the weights of tiny-\w+; trained", line)
+    assert re.match(
+        r"\d{4}-\d\d-\d\dT\S+ tiny: rolled back: 10 new examples; from the weights of tiny-\w+; trained", line
+    )
     assert line.endswith("; built tiny-1.1.mar; tiny 1.1 was rolled back: worse by 3 points")
     assert "error: tiny 1.1 was rolled back" in seen.err
     assert marwright.main([*served.words, "--json"]) == 0
