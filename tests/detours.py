@@ -58,10 +58,16 @@ def from_here_on(fault: str, *, at: str) -> Faults:
     return found
 
 
-def every_second() -> Faults:
-    """Every second call meets a fault, of each kind in turn: never the same call twice in a row."""
-    cycle = itertools.cycle(kind for fault in KINDS for kind in (fault, ""))
-    return lambda _: next(cycle)
+def first_time() -> Faults:
+    """Each call meets a fault, of all kinds in turn, and when it is made again it does not; and so on."""
+    kinds = itertools.cycle(KINDS)
+    failed: set[str] = set()
+
+    def found(call: str) -> str:
+        failed.symmetric_difference_update([call])
+        return next(kinds) if call in failed else ""
+
+    return found
 
 
 class Way:

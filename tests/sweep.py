@@ -15,7 +15,7 @@ import traceback
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +44,7 @@ idle_seconds = 0.1
 drain_seconds = 5.0
 warm_seconds = 0.0
 [server]
-call_seconds = 10.0
+call_seconds = {call}
 """
 """Little of everything, and the old version is retired at once, so that this is in it, too."""
 
@@ -57,9 +57,14 @@ class Scenario:
     verb: str
     gate: float = 100.0
     watch: float = 100.0
+    call: float = 4.0
     status: int = 0
     phases: tuple[str, ...] = ()
     """All where there are none named."""
+
+    @property
+    def policy(self) -> str:
+        return POLICY.format(gate=self.gate, watch=self.watch, call=self.call)
 
 
 SCENARIOS = (
@@ -73,7 +78,7 @@ SCENARIOS = (
 @contextmanager
 def stage(folder: Path, digits: Built) -> Iterator[Stage]:
     """digits 1.0 answers, 1.1 is as good; twenty labelled examples for the gate."""
-    with rollouts.stage(folder, digits, policy=POLICY.format(gate=100.0, watch=100.0)) as made:
+    with rollouts.stage(folder, digits, policy=SCENARIOS[0].policy) as made:
         with np.load(made.runs / made.record("1.0").run / "examples.npz") as examples:
             np.savez(folder / "holdout.npz", inputs=examples["inputs"][:20], labels=examples["labels"][:20])
         yield made
@@ -82,7 +87,7 @@ def stage(folder: Path, digits: Built) -> Iterator[Stage]:
 def words(made: Stage, scenario: Scenario, *more: str) -> list[str]:
     """The command of a scenario; the version is among `more`."""
     policy = made.home.folder / f"{scenario.name}.toml"
-    policy.write_text(POLICY.format(gate=scenario.gate, watch=scenario.watch), encoding="utf-8")
+    policy.write_text(scenario.policy, encoding="utf-8")
     holdout = ["--holdout", str(made.home.folder / "holdout.npz")] if scenario.verb == "rollout" else []
     return [scenario.verb, *more, "--model", "digits", "--policy", str(policy), *holdout]
 
@@ -103,7 +108,7 @@ def killed(made: Stage, scenario: Scenario, point: str) -> str:
     proved = not point.startswith(("start", "verified"))
     first = faults.command(made, words(made, scenario, *_version(scenario, new)), new=new, fault=fault, proved=proved)
     assert first.status == -9, f"{point} was not reached: {first.said}"
-    resume = words(made, Scenario(scenario.name, "rollout", scenario.gate, scenario.watch), "--resume")
+    resume = words(made, replace(scenario, verb="rollout"), "--resume")
     done = faults.command(made, resume, new=new)
     assert done.status in (0, 3), f"killed at {point!r}, resumed: {done.status}\n{done.said}"
     answers = faults.agreed(made)
