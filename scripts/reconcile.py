@@ -16,7 +16,7 @@ SETTINGS = ReconcileSettings
 def main(settings: ReconcileSettings) -> int:
     done: list[str] = []
     for model in sorted({each.model for each in records.records(settings.store)}):
-        done += _mended(settings, model)
+        done += mended(settings, model)
     if settings.json:
         print(json.dumps(done))
     else:
@@ -24,7 +24,8 @@ def main(settings: ReconcileSettings) -> int:
     return 0
 
 
-def _mended(settings: ReconcileSettings, model: str) -> list[str]:
+def mended(settings: ReconcileSettings, model: str) -> list[str]:
+    """What was done about one model, a sentence each; nothing where the server is what the journal says."""
     if settings.dry_run:
         with live.client(settings) as client, journal.open(settings.store) as book:
             found = reconcile.differences(book, model, loading.versions(client, model))
@@ -48,14 +49,13 @@ def _mended(settings: ReconcileSettings, model: str) -> list[str]:
             done.append(f"{model} {outcome.version}: the interrupted rollout is {outcome.phase}")
     except RolledBack as back:
         done.append(back.message)
-    with live.client(settings) as client:
-        if model not in client.models() and not _released(settings, model):
-            return done
+    built = records.records(settings.store, model)
+    if not built:
+        return done
     limits = rollout.limits_of(settings, settings.policy, model)
-    record = records.records(settings.store, model)[-1]
     with (
         turns.only_one(settings.store, model, what=f"reconcile of {model}"),
-        rollout.rig(settings, record, settings.policy) as made,
+        rollout.rig(settings, built[-1], settings.policy) as made,
     ):
         for _ in range(5):  # each mend may show another difference
             found = reconcile.differences(made.book, model, loading.versions(made.client, model))
@@ -63,8 +63,3 @@ def _mended(settings: ReconcileSettings, model: str) -> list[str]:
                 break
             done += [reconcile.mend(each, made.server, made.client, made.book, limits) for each in found]
     return done
-
-
-def _released(settings: ReconcileSettings, model: str) -> bool:
-    with journal.open(settings.store) as book:
-        return book.released(model) is not None

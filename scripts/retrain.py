@@ -16,7 +16,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import FrameType
@@ -38,14 +38,12 @@ from marwright.packing.records import ArchiveRecord
 from marwright.release import journal
 from marwright.release.server import Server
 from marwright.runs import Run
-from marwright.settings import RetrainSettings, RolloutSettings
-from scripts import archive, rollout
+from marwright.settings import Places, ReconcileSettings, RetrainSettings, RolloutSettings
+from scripts import archive, reconcile, rollout
 
 SETTINGS = RetrainSettings
 NEW = Path("new")
 UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
-NOT_ITS_FAULT = ("interrupted by Ctrl-C", "resumed while TorchServe was not running")
-"""Ends of a rollout's reason that say nothing about the version: it is tried again."""
 LONGEST = timedelta(days=366)
 
 Say = Callable[[str], None]
@@ -208,12 +206,18 @@ def _alone(settings: RetrainSettings, model: str) -> Iterator[bool]:
 
 
 def _finish_what_was_interrupted(settings: RetrainSettings, model: str, say: Say) -> None:
-    """A rollout that was cut off ends settled, or raises RolledBack. Without a server there is nothing to end it on."""
+    """A rollout that was cut off ends settled, or raises RolledBack; what was kept warm for long enough is retired.
+
+    Without a server there is nothing to do that on.
+    """
     if not _running(settings):
         return
     outcome = rollout.resumed(_rollout_settings(settings, model=model, resume=True))
     if outcome is not None:
         say(f"the interrupted rollout of {outcome.version} is {outcome.phase}")
+    places = {field.name: getattr(settings, field.name) for field in fields(Places)}
+    for line in reconcile.mended(ReconcileSettings(**places, policy=settings.policy), model):
+        say(line)
 
 
 def _champion(settings: RetrainSettings, model: str, say: Say) -> Champion | None:
@@ -307,7 +311,7 @@ def _tried(settings: RetrainSettings, record: ArchiveRecord) -> str:
     if last.event == "released":
         return "answered before, and another version was preferred"
     reason = str(last.detail.get("reason", "")).splitlines()[0]
-    return "" if reason.endswith(NOT_ITS_FAULT) else f"was rolled back on {last.at[:10]} ({reason})"
+    return "" if last.detail.get("innocent") else f"was rolled back on {last.at[:10]} ({reason})"
 
 
 def _running(settings: RetrainSettings) -> bool:

@@ -106,7 +106,8 @@ def resumed(settings: RolloutSettings) -> Outcome | None:
         record = records.record(settings.store, state.model, state.version)
         with rig(settings, record, settings.policy, kind=state.kind, needs_server=False) as made:
             if made.server.find() is None and state.next != "settled":
-                state = replace(state, failing=state.failing or "resumed while TorchServe was not running")
+                why = state.failing or "resumed while TorchServe was not running"
+                state = replace(state, failing=why, innocent=state.innocent or not state.failing)
             elif made.server.find() is not None:
                 made.server.wait_ready({}, timeout=60.0)
             prepared = replace(made, samples=_samples(settings, made), holdout=_holdout(settings, record))

@@ -52,6 +52,8 @@ class State:
     """What the phases found out."""
     failing: str = ""
     """Why it goes back."""
+    innocent: bool = False
+    """That says nothing about the version: Ctrl-C, or a server that ended. It may be tried again."""
     ended: Literal["", "settled", "rolled back"] = ""
     left: str = ""
     """What could not be put back, in words."""

@@ -78,11 +78,11 @@ def advance(state: State, rig: Rig) -> State:
     except MarwrightError as error:
         if phase == "settled":  # the new version has shown itself: this is no reason to go back
             raise
-        return replace(state, failing=f"{phase}: {error}")
+        return replace(state, failing=f"{phase}: {error}", innocent=rig.server.find() is None)
     except KeyboardInterrupt:
         if phase == "settled":
             raise
-        return replace(state, failing=f"{phase}: {_CTRL_C}")
+        return replace(state, failing=f"{phase}: {_CTRL_C}", innocent=True)
     return replace(
         state,
         phase=phase,
@@ -153,7 +153,7 @@ def _after(state: State, entry: Entry) -> State:
     if entry.event == "rolled back":
         return replace(state, ended="rolled back")
     if entry.event == "rolling back":
-        return replace(state, failing=detail["reason"])
+        return replace(state, failing=detail["reason"], innocent=detail.get("innocent", False))
     if detail["step"] == "look":
         return replace(state, looks=state.looks + 1)
     if detail["step"] != "done":
@@ -170,7 +170,12 @@ def _after(state: State, entry: Entry) -> State:
 def _go_back(state: State, rig: Rig) -> State:
     """The champion is the default, the challenger is gone; as far as the server can still be told."""
     rig.progress(f"going back to {state.champion or 'nothing'}: {state.failing}")
-    about = {"id": state.id, "reason": state.failing, "champion": state.champion}
+    about = {
+        "id": state.id,
+        "reason": state.failing,
+        "champion": state.champion,
+        "innocent": state.innocent,
+    }
     with _journal_or_stop(state, rig):
         rig.book.add(state.model, state.version, "rolling back", **about)
         released = rig.book.released(state.model)

@@ -191,12 +191,12 @@ class Server:
                 raise NotReady(
                     "TorchServe ended while it was starting", last_words=self._server_words(marks), hint=_LOGS_HINT
                 )
-            for model, wanted in expected.items():
-                self._refuse_dying(model, wanted, marks)
             with self.client(timeout=5.0) as client:  # a new one each time: nothing learned too early is kept
                 state, why = self._state(client, expected, marks)
             if not state:
                 return
+            for model, wanted in expected.items():  # not before: workers that were retired are dead, too
+                self._refuse_dying(model, wanted, marks)
             if progress and state != reported:
                 progress(state)
                 reported = state

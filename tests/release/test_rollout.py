@@ -207,6 +207,7 @@ def test_ctrl_c_leaves_the_champion_and_nothing_half_done(stage: Stage) -> None:
     assert stage.released().version == "1.0"
     with journal.open(stage.store) as book:
         assert rollout.unfinished(book, "digits") is None
+    assert stage.entries("rolled back")[-1].detail["innocent"], "it may be tried again"
 
 
 def test_reconcile_mends_what_somebody_else_has_changed(stage: Stage, capsys: pytest.CaptureFixture[str]) -> None:
