@@ -36,7 +36,7 @@ from marwright.release import journal, loading, properties, reconcile, rollout, 
 from marwright.release.grpc_api import GrpcApi
 from marwright.release.journal import Journal
 from marwright.release.rest_api import RestApi
-from marwright.release.server import Server
+from marwright.release.server import Expected, Server
 from scripts import __main__ as marwright
 from tests.rollouts import Stage
 
@@ -109,13 +109,12 @@ def command(
 
 def agreed(stage: Stage) -> str:
     """The one version that answers, as journal, server and `serving.properties` agree; AssertionError where not."""
+    released = stage.released()
+    stage.home.server.wait_ready({"digits": Expected(released.version)})  # its worker may just have been replaced
     with stage.client() as client, journal.open(stage.store) as book:
-        released = book.released("digits")
-        assert released is not None
         held = loading.versions(client, "digits")
         assert rollout.unfinished(book, "digits") is None
         assert [version for version, status in held.items() if status.default] == [released.version]
-        assert held[released.version].ready_workers
         assert reconcile.differences(book, "digits", held) == []
     read = properties.read(stage.home.server.serving)["load_models"]
     assert read == f"digits-{released.version}.mar"
@@ -336,6 +335,11 @@ def _kill_server(watcher: _Watcher) -> None:
     psutil.wait_procs([found.process, *workers], timeout=10.0)
 
 
+def _kill_all(watcher: _Watcher) -> None:
+    _kill_server(watcher)
+    _kill(watcher)
+
+
 def _kill_worker(watcher: _Watcher, *, new: bool) -> None:
     """The worker of one version dies; TorchServe starts another one."""
     found = watcher.server().find()
@@ -358,6 +362,7 @@ _DEEDS: Mapping[str, Callable[[_Watcher], None]] = {
     "kill": _kill,
     "kill soon": _kill_soon,
     "kill the server": _kill_server,
+    "kill all": _kill_all,
     "kill the new worker": lambda watcher: _kill_worker(watcher, new=True),
     "kill the old worker": lambda watcher: _kill_worker(watcher, new=False),
     "fill the disk": _fill_disk,

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from marwright.release import loading
+from marwright.release import loading, serving
 from marwright.release.phases import PHASES
 from marwright.release.server import Expected
 from tests import detours, faults, sweep
@@ -104,6 +104,19 @@ def test_when_the_server_dies_its_next_start_answers_what_the_journal_says(stage
     stage.home.server.bring_up({"digits": Expected(now)})
     assert faults.command(stage, ["reconcile"], new=other(stage)).status == 0
     assert faults.agreed(stage) == now
+
+
+@pytest.mark.parametrize("phase", some(["watched"], PHASES["rollout"]))
+def test_when_the_machine_dies_the_rollout_is_resumed_on_the_server_started_anew(stage: Stage, phase: str) -> None:
+    at = "promoted: after journal: released new" if phase == "promoted" else f"{phase}: {_begins(phase)}"
+    assert roll_out(stage, Fault(at, "kill all")).status == -9
+    serving.refresh(stage.home.config_path, stage.store)  # as every command does before anything else
+    now = stage.released().version
+    stage.home.server.bring_up({"digits": Expected(now)})
+    assert stage.answers() == now
+    assert resume(stage).status in (0, 3)
+    assert faults.command(stage, ["reconcile"], new=other(stage)).status == 0
+    faults.agreed(stage)
 
 
 @pytest.mark.parametrize(
