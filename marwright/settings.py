@@ -152,7 +152,7 @@ class RolloutSettings(Places):
     """Folder of request bodies to replay to both versions; golden and holdout examples when not given."""
     holdout: Path | None = None
     """.npz with inputs and labels that neither version has learned from; the challenger's own test part when not
-    given."""
+    given. Labels count the classes of the version that answers."""
     dry_run: bool = False
     """List every call that would be made, and make none."""
     resume: bool = False
