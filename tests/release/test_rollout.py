@@ -1,4 +1,7 @@
-"""A rollout on the real server: every phase, what it calls, how it ends, and the way back."""
+"""A rollout on the real server: every phase, what it calls, how it ends, and the way back.
+
+The tests run in order on one server: each begins where another ended, mostly with 1.0 answering.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +21,15 @@ import pytest
 from marwright.errors import MarwrightError, RolledBack, RolloutError, ServerUnreachable
 from marwright.release import journal, loading, phases, plan, reconcile, rollout, turns
 from marwright.release.phases import PHASES
-from marwright.settings import ReconcileSettings, ReleaseSettings, ReleasesSettings, StatusSettings
+from marwright.release.server import Expected
+from marwright.settings import ReconcileSettings, ReleaseSettings, ReleasesSettings, RolloutSettings, StatusSettings
 from scripts import reconcile as reconcile_verb
 from scripts import release as release_verb
 from scripts import releases as releases_verb
 from scripts import rollback as rollback_verb
 from scripts import rollout as verb
 from scripts import status as status_verb
-from tests import rollouts
+from tests import archives, rollouts, torchserve
 from tests.archives import Built
 from tests.rollouts import Stage
 
@@ -302,6 +306,28 @@ def test_release_by_hand_says_so_for_ever(stage: Stage, capsys: pytest.CaptureFi
     assert rollback_verb.main(stage.rollback()) == 0
     releases_verb.main(ReleasesSettings(**stage.places.__dict__))
     assert "released by hand, without proof" in capsys.readouterr().out
+
+
+def test_a_regressor_is_rolled_out_too(regressor: Built, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its gate compares errors of values; and it has no labels to agree on."""
+    store = tmp_path / "store"
+    first = archives.build(regressor.run, store).record
+    archives.build(regressor.run, store, threads=2)
+    (tmp_path / "policies").mkdir()
+    (tmp_path / "policies" / "default.toml").write_text(rollouts.QUICK, encoding="utf-8")
+    with journal.open(store) as book:
+        book.release(first.model, "1.0", proven=False, why="test")
+    with torchserve.home(tmp_path, {first.model: Expected("1.0")}, archives=[first.file], store=store) as home:
+        home.bring_up()
+        settings = RolloutSettings(store=store, config=home.config_path, runs=regressor.run.path.parent)
+        assert verb.main(settings) == 0
+        said = capsys.readouterr().out
+        assert "diabetes-mlp 1.1 answers now (was 1.0)" in said
+        assert "error" in said
+        with journal.open(store) as book:
+            verdict = rollout.last_verdict(book, first.model, "1.1")
+        assert verdict is not None
+        assert (verdict.task, verdict.outcome) == ("regression", "pass")
 
 
 def test_the_stopped_server_is_told_of(digits: Built, tmp_path: Path) -> None:
