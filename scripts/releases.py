@@ -45,7 +45,7 @@ def why(entry: Entry) -> str:
             was = f", was {detail['was']}" if detail.get("was") and detail["was"] != entry.version else ""
             return f"{'proven' if detail['proven'] else 'without proof'}{was}: {detail['why']}"
         case "rollout":
-            return f"{detail.get('kind', 'rollout')} {detail['id']}, {detail['phase']}: {detail['step']}"
+            return f"{detail.get('kind', 'rollout')} {detail.get('id', '')}, {detail['phase']} {detail.get('step', '')}"
         case "archived":
             return f"run {detail['run']}"
         case _:

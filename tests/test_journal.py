@@ -10,8 +10,10 @@ import psutil
 import pytest
 
 from marwright.errors import RolloutError
-from marwright.release import journal, serving
+from marwright.release import journal, rollout, serving
 from marwright.release.journal import Release
+from marwright.settings import ReleasesSettings
+from scripts import releases
 from tests import torchserve
 
 
@@ -200,3 +202,26 @@ def test_a_store_that_cannot_be_written_is_refused() -> None:
     with pytest.raises(RolloutError, match="cannot be used") as told, journal.open(Path("/proc")):
         pass
     assert "writable folder on a local disk" in str(told.value)
+
+
+def test_a_journal_from_before_there_were_phases_is_understood(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As 0.1 first wrote it: rollouts without a number, releases that say nothing of the server."""
+    with journal.open(tmp_path) as book:
+        book.add("digits", "1.0", "released", proven=False, why="first archive", was=None)
+        book.add("digits", "1.1", "rollout", phase="registered", champion="1.0")
+        book.add("digits", "1.1", "rollout", phase="promoted", champion="1.0")
+        book.add("digits", "1.1", "released", proven=True, why="rollout: golden examples over REST and gRPC", was="1.0")
+        book.add("digits", "1.2", "rollout", phase="registered", champion="1.1")
+        book.add("digits", "1.2", "rolled back", reason="no ready workers", champion="1.1")
+        assert rollout.unfinished(book, "digits") is None
+        assert rollout.due(book, "digits") == {}
+        assert rollout.last_verdict(book, "digits", "1.1") is None
+        assert book.live("digits") == {"1.1"}
+        assert book.previous("digits") == "1.0"
+        assert [span.version for span in book.spans("digits") if span.until is None] == ["1.1", "1.1"]
+    config = tmp_path / "config.properties"
+    torchserve.write_config(config, {})
+    assert releases.main(ReleasesSettings(store=tmp_path, config=config, all=True)) == 0
+    assert "no ready workers" in capsys.readouterr().out

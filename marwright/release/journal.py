@@ -171,7 +171,7 @@ class Journal:
             match entry.event:
                 case "released":
                     live = {*live, entry.version} if entry.detail.get("running") else {entry.version}
-                case "rollout" if (entry.detail["phase"], entry.detail["step"]) == ("ready", "done"):
+                case "rollout" if (entry.detail["phase"], entry.detail.get("step")) == ("ready", "done"):
                     live.add(entry.version)
                 case "kept":
                     live.add(entry.version)

@@ -53,7 +53,7 @@ def begin(rig: Rig) -> State:
             f" {released.version if released else 'none'}",
             hint="marwright reconcile",
         )
-    used = (int(entry.detail["id"]) for entry in rig.book.entries(rig.model, event="rollout"))
+    used = (int(entry.detail.get("id", 0)) for entry in rig.book.entries(rig.model, event="rollout"))
     return State(1 + max(used, default=0), rig.model, rig.challenger.version, answers, kind=rig.kind)
 
 
@@ -114,7 +114,9 @@ def run(state: State, rig: Rig) -> State:
 
 def unfinished(book: Journal, model: str) -> State | None:
     """The rollout that has neither settled nor been rolled back; None where there is none."""
-    entries = [entry for entry in book.entries(model) if entry.event in ("rollout", "rolling back", "rolled back")]
+    events = ("rollout", "rolling back", "rolled back")
+    # Rollouts had no number before there were phases; none of those is unfinished.
+    entries = [entry for entry in book.entries(model) if entry.event in events and "id" in entry.detail]
     state: State | None = None
     for entry in entries:
         begins = state is None or state.id != entry.detail["id"]
