@@ -6,7 +6,7 @@ import json
 import time
 
 from marwright.packing import records
-from marwright.release import journal, loading, serving, turns
+from marwright.release import journal, loading, rollout, serving, turns
 from marwright.release.server import Server
 from marwright.settings import ReleaseSettings
 from scripts import live
@@ -35,6 +35,11 @@ def main(settings: ReleaseSettings) -> int:
         if was is None or was.version != record.version:
             why = "released by hand, without proof"
             book.release(record.model, record.version, proven=False, why=why, running=running)
+        left = rollout.unfinished(book, record.model)
+        if left is not None:  # whoever releases by hand has decided; `reconcile` takes out what it had loaded
+            why = f"{record.version} was released by hand"
+            about = {"id": left.id, "reason": why, "champion": record.version, "innocent": True}
+            book.add(left.model, left.version, "rolled back", **about)
     serving.refresh(settings.config, settings.store)
     before = f" (was {was.version})" if was and was.version != record.version else ""
     when = "answers now" if running else "will answer at the next start"

@@ -131,7 +131,11 @@ def rig(
         if server.find() is None:
             raise ServerUnreachable("TorchServe is not running", hint="make serve")
         server.wait_ready({}, timeout=60.0)
-    with server.client(patience=limits.server.call_seconds) as client, journal.open(places.store) as book:
+    patience = limits.server
+    with (
+        server.client(timeout=patience.answer_seconds, patience=patience.call_seconds) as client,
+        journal.open(places.store) as book,
+    ):
         yield Rig(
             server=server,
             client=client,

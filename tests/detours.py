@@ -7,7 +7,7 @@
 
 | fault    | what the client sees                                             | what the server has done |
 |----------|------------------------------------------------------------------|--------------------------|
-| `delay`  | the answer, a second after it has given up                       | all                      |
+| `delay`  | the answer, after it has given up                                | all                      |
 | `cut`    | half an answer, then a closed connection; over gRPC a broken one | all                      |
 | `500`    | that status; over gRPC INTERNAL                                  | nothing                  |
 | `503`    | that status; over gRPC UNAVAILABLE                               | nothing                  |
@@ -31,8 +31,8 @@ import grpc
 from marwright.release.properties import ServerConfig
 from tests.faults import Detour
 
-DELAY = 11.0
-"""Seconds. A client waits for ten: the same delay as that would now be a fault and now be none."""
+DELAY = 10.0
+"""Seconds: twice what a rollout waits for one answer."""
 KINDS = ("cut", "500", "503", "refuse")
 """All that cost no time."""
 

@@ -55,7 +55,7 @@ def register(client: Client, record: ArchiveRecord, *, seconds: float) -> None:
         if status is not None:
             remove(client, record.model, record.version)
         try:
-            client.register_grpc(record.file, initial_workers=record.workers)
+            client.register_grpc(record.file, initial_workers=record.workers, timeout=seconds)
             return
         except ServerError:
             if time.monotonic() > until:

@@ -105,6 +105,8 @@ class SettlePolicy(_Table):
 class ServerPolicy(_Table):
     """Patience with TorchServe."""
 
+    answer_seconds: Seconds = 5.0
+    """How long one answer is waited for."""
     call_seconds: Seconds = 30.0
     """How long one call is insisted on, retries included, before its phase fails."""
 

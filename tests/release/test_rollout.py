@@ -308,6 +308,18 @@ def test_release_by_hand_says_so_for_ever(stage: Stage, capsys: pytest.CaptureFi
     assert "released by hand, without proof" in capsys.readouterr().out
 
 
+def test_a_release_by_hand_ends_what_was_interrupted(stage: Stage) -> None:
+    with verb.rig(stage.settings(), stage.record("1.1"), None) as made:
+        state = rollout.begin(made)
+        for _ in range(2):
+            state = rollout.advance(state, made)
+    assert release_verb.main(ReleaseSettings(**stage.places.__dict__, model="digits", version="1.0")) == 0
+    with journal.open(stage.store) as book:
+        assert rollout.unfinished(book, "digits") is None
+    assert reconcile_verb.main(ReconcileSettings(**stage.places.__dict__)) == 0
+    assert (stage.held(), stage.released().version) == (["1.0"], "1.0")
+
+
 def test_a_regressor_is_rolled_out_too(regressor: Built, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Its gate compares errors of values; and it has no labels to agree on."""
     store = tmp_path / "store"
