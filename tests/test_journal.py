@@ -184,17 +184,26 @@ def test_a_network_file_system_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
         fstype = "nfs4"
 
     real = psutil.disk_partitions(all=True)
-    assert (
-        journal.filesystem(tmp_path)
-        == max(
-            (mount for mount in real if tmp_path.is_relative_to(mount.mountpoint)),
-            key=lambda mount: len(mount.mountpoint),
-        ).fstype
-    )
+    holding = [mount for mount in real if tmp_path.is_relative_to(mount.mountpoint)]
+    assert journal.filesystem(tmp_path) == sorted(holding, key=lambda mount: len(mount.mountpoint))[-1].fstype
     monkeypatch.setattr(psutil, "disk_partitions", lambda all: [*real, Mount()])
     with pytest.raises(RolloutError, match="network file system \\(nfs4\\)") as told, journal.open(tmp_path / "store"):
         pass
     assert "local disk" in str(told.value)
+
+
+@pytest.mark.parametrize(("order", "kind"), [(("autofs", "nfs4"), "nfs4"), (("nfs4", "ext4"), "ext4")])
+def test_of_two_mounts_at_one_place_the_later_one_counts(
+    order: tuple[str, str], kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Mount:
+        def __init__(self, mountpoint: str, fstype: str) -> None:
+            self.mountpoint, self.fstype = mountpoint, fstype
+
+    here = [Mount(str(tmp_path), each) for each in order]
+    table = [Mount("/", "ext4"), *here, Mount(str(tmp_path / "elsewhere"), "tmpfs"), Mount(str(tmp_path.parent), "xfs")]
+    monkeypatch.setattr(psutil, "disk_partitions", lambda all: table)
+    assert journal.filesystem(tmp_path / "store") == kind
 
 
 def test_a_store_that_cannot_be_written_is_refused() -> None:

@@ -8,15 +8,17 @@ snapshots and a restart change nothing.
         book.release("digits", "1.1", proven=False, why="archived while the server was stopped")
         book.live("digits")          → frozenset({"1.0", "1.1"}): versions whose pinned URL may be called now
 
-| event        | detail                                     | says                                              |
-|--------------|--------------------------------------------|---------------------------------------------------|
-| archived     | run, sha256                                | built                                             |
-| rollout      | id, kind, phase, step: begin, look or done | a phase of a rollout or rollback                  |
-| switching    | was, why                                   | from now on it may answer by default              |
-| released     | was, proven, why, running, back            | it should be answering by default                 |
-| rolling back | id, reason, champion                       | a rollout fails; `rolled back` when it is over    |
-| reconciled   | why                                        | the server was made what this says                |
-| retiring     | why                                        | on its way out of the server: `retired` or `kept` |
+| event        | detail                                   | says                                                  |
+|--------------|------------------------------------------|-------------------------------------------------------|
+| archived     | run, sha256                              | built                                                 |
+| rollout      | id, kind, champion, phase, step          | a phase of a rollout or rollback; step: begin, done,  |
+|              |                                          | of the gate also look or verdict; and what it found   |
+| switching    | why                                      | from now on it may answer by default                  |
+| released     | was, proven, why, running, back          | it should be answering by default                     |
+| rolling back | id, reason, champion, innocent           | a rollout fails                                       |
+| rolled back  | the same, left                           | that is over; left: what could not be cleared away    |
+| reconciled   | why                                      | the server was made what this says                    |
+| retiring     | why                                      | on its way out of the server: `retired` or `kept`     |
 """
 
 from __future__ import annotations
@@ -40,7 +42,11 @@ NETWORK = frozenset(
     ["nfs", "nfs4", "cifs", "smb2", "smb3", "smbfs", "afs", "ceph", "lustre", "glusterfs", "gpfs", "beegfs"]
     + [f"fuse.{name}" for name in ("sshfs", "ceph", "glusterfs", "s3fs", "gcsfuse", "rclone")]
 )
-"""File systems on which SQLite's locks cannot be trusted."""
+"""File systems on which SQLite's locks cannot be trusted.
+
+9p and virtiofs are not among them: they hand a virtual machine or a sandbox a folder of its own host, and the guest's
+kernel keeps the locks of the guest's processes itself. All of ours run in one guest.
+"""
 
 
 @dataclass(frozen=True)
@@ -255,8 +261,11 @@ def open(store: Path) -> Iterator[Journal]:
 def filesystem(path: Path) -> str:
     """The kind of file system that holds `path`: ext4, nfs4, …; "" where the system does not say."""
     where = path.resolve()
-    mounts = [mount for mount in psutil.disk_partitions(all=True) if where.is_relative_to(mount.mountpoint)]
-    return max(mounts, key=lambda mount: len(mount.mountpoint)).fstype if mounts else ""
+    kind, longest = "", 0
+    for mount in psutil.disk_partitions(all=True):  # in the order of mounting: a later one covers what was there
+        if where.is_relative_to(mount.mountpoint) and len(mount.mountpoint) >= longest:
+            kind, longest = mount.fstype, len(mount.mountpoint)
+    return kind
 
 
 @contextlib.contextmanager
