@@ -76,6 +76,8 @@ def main() -> None:
         verb.add_argument("--name", help="of the result; the verb when not given")
     verbs.add_parser("show", help="print the tables")
     options = parser.parse_args()
+    # Started in the background of a script this process ignores Ctrl-C, and so would the load test that it starts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if options.verb != "show":
         measure(options)
     show()

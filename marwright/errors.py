@@ -10,7 +10,7 @@ An error says what happened (`message`), which thing it happened to, and what to
     ├── ExportError ── ParityError   max |Δ|, allowed, worst input
     ├── ArchiveError ── ArchiveExists · ArchiveInvalid(issues: all of them at once)
     ├── ServerError ── ServerUnreachable · ServerRefused(status, TorchServe's own words) · NotReady(last words)
-    └── RolloutError ── IdentityMismatch(expected, serving) · RolledBack(reason)
+    └── RolloutError ── IdentityMismatch(expected, serving) · Circumstance · RolledBack(reason)
 """
 
 from __future__ import annotations
@@ -108,6 +108,10 @@ class IdentityMismatch(RolloutError):
         super().__init__(f"{message}: expected {expected}, serving {serving}", hint=hint)
         self.expected = expected
         self.serving = serving
+
+
+class Circumstance(RolloutError):
+    """A rollout cannot go on for a reason that says nothing about the version: it may be tried again."""
 
 
 class RolledBack(RolloutError):

@@ -9,7 +9,7 @@ from marwright.learning.recipe import Recipe
 from marwright.packing import archive, records
 from marwright.packing.exporting import Artifact
 from marwright.packing.records import ArchiveRecord
-from marwright.release import journal, serving
+from marwright.release import journal, rollout, serving
 from marwright.release.journal import Standing
 from marwright.release.server import Server
 from marwright.runs import Run
@@ -66,7 +66,7 @@ def stored(
             new=new,
             released=released,
             running=behind_gate or server.find() is not None,
-            proven=book.has_proven_rollout(record.model),
+            proven=book.has_proven_rollout(record.model) or rollout.unfinished(book, record.model) is not None,
         )
         if standing.releases:
             why = "first archive" if released is None else "archived while the server was stopped"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 
 from marwright.packing import records
 from marwright.release import journal, loading, rollout, serving, turns
@@ -25,21 +24,19 @@ def main(settings: ReleaseSettings) -> int:
     ):
         was = book.released(record.model)
         running = server.find() is not None
+        left = rollout.unfinished(book, record.model)
+        if left is not None:  # whoever releases by hand has decided; `reconcile` takes out what it had loaded
+            about = {"id": left.id, "champion": record.version, "innocent": True}
+            book.add(left.model, left.version, "rolled back", reason=f"{record.version} was released by hand", **about)
         if running:
             with live.client(settings) as client:
-                began = time.time()
-                loading.register(client, record, seconds=settings.timeout)
-                loading.wait_ready(client, record, server=server, since=began, seconds=settings.timeout)
+                seconds = {"call_seconds": settings.timeout, "ready_seconds": settings.timeout}
+                loading.bring_in(client, record, server=server, **seconds)
                 book.add(record.model, record.version, "switching", why="released by hand, without proof")
                 client.set_default(record.model, record.version)
         if was is None or was.version != record.version:
             why = "released by hand, without proof"
             book.release(record.model, record.version, proven=False, why=why, running=running)
-        left = rollout.unfinished(book, record.model)
-        if left is not None:  # whoever releases by hand has decided; `reconcile` takes out what it had loaded
-            why = f"{record.version} was released by hand"
-            about = {"id": left.id, "reason": why, "champion": record.version, "innocent": True}
-            book.add(left.model, left.version, "rolled back", **about)
     serving.refresh(settings.config, settings.store)
     before = f" (was {was.version})" if was and was.version != record.version else ""
     when = "answers now" if running else "will answer at the next start"

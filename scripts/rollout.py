@@ -10,7 +10,8 @@ import io
 import json
 import sys
 import time
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import numpy as np
 
 from handlers.spec import ImageInput
 from marwright import cli, files
-from marwright.errors import ArchiveError, DataError, RolledBack, ServerUnreachable, SettingsError
+from marwright.errors import ArchiveError, DataError, MarwrightError, RolledBack, ServerUnreachable, SettingsError
 from marwright.packing import golden, records
 from marwright.packing.records import ArchiveRecord
 from marwright.release import journal, plan, policy, proof, retiring, rollout, shadow, turns, verdicts
@@ -49,13 +50,7 @@ class Outcome:
 
 def main(settings: RolloutSettings) -> int:
     if settings.resume:
-        outcomes = [resumed(replace(settings, model=model)) for model in _models(settings)]
-        ended = [outcome for outcome in outcomes if outcome is not None]
-        if not ended:
-            print("nothing to resume" if not settings.json else json.dumps([]))
-        for outcome in ended:
-            _tell(settings, outcome)
-        return 0
+        return _resume_all(settings)
     if settings.dry_run:
         record = chosen(settings)
         limits = limits_of(settings, settings.policy, record.model)
@@ -76,56 +71,99 @@ def rolled_out(settings: RolloutSettings) -> Outcome:
     """The version answers when this returns; RolledBack says why it does not."""
     record = chosen(settings)
     records.check_whole(record, settings.store)
+    limits = limits_of(settings, settings.policy, record.model)
+    sources = {"holdout": settings.holdout, "samples": settings.samples}
+    given = {name: str(path.resolve()) for name, path in sources.items() if path is not None}
     with (
         turns.only_one(settings.store, record.model, what=f"rollout of {record.model} {record.version}"),
-        rig(settings, record, settings.policy) as made,
+        rig(settings, record, limits, given=given) as made,
     ):
-        released = made.book.released(record.model)
-        if released is not None and released.version == record.version:
-            proof.prove(made.client, record, made.golden(record.version), pinned=False)
-            why = "it answered already; proved"
-            made.book.release(record.model, record.version, proven=True, why=why, running=True)
-            return Outcome(record.model, record.version, "settled", record.version)
         state = rollout.begin(made)
-        prepared = replace(made, samples=_samples(settings, made), holdout=_holdout(settings, record))
-        return _ended(settings, state, prepared)
+        if state.champion == record.version:
+            proof.prove(made.client, record, made.golden(record.version), pinned=False)
+            return Outcome(record.model, record.version, "settled", record.version)
+        return _ended(settings, state, _with_examples(settings, made))
 
 
 def resumed(settings: RolloutSettings) -> Outcome | None:
-    """Go on with what was interrupted, to its end; None where nothing was. RolledBack where that is its end."""
+    """Go on with what was interrupted, to its end; None where nothing was. RolledBack where that is its end.
+
+    The policy and the examples are those that it was begun with.
+    """
     assert settings.model is not None
     with journal.open(settings.store) as book:
+        if rollout.unfinished(book, settings.model) is None:
+            return None
+    with (
+        turns.only_one(settings.store, settings.model, what=f"resuming a rollout of {settings.model}"),
+        journal.open(settings.store) as book,
+    ):
         state = rollout.unfinished(book, settings.model)
-    if state is None:
-        return None
-    with turns.only_one(settings.store, state.model, what=f"resumed {state.kind} of {state.model} {state.version}"):
-        with journal.open(settings.store) as book:
-            state = rollout.unfinished(book, settings.model)
         if state is None:
             return None
-        record = records.record(settings.store, state.model, state.version)
-        with rig(settings, record, settings.policy, kind=state.kind, needs_server=False) as made:
-            if made.server.find() is None and state.next != "settled":
-                why = state.failing or "resumed while TorchServe was not running"
-                state = replace(state, failing=why, innocent=state.innocent or not state.failing)
-            elif made.server.find() is not None:
-                made.server.wait_ready({}, timeout=60.0)
-            prepared = replace(made, samples=_samples(settings, made), holdout=_holdout(settings, record))
-            return _ended(settings, state, prepared)
+        given = {name: Path(path) for name, path in state.given.items() if name in ("holdout", "samples")}
+        settings = replace(settings, holdout=given.get("holdout"), samples=given.get("samples"))
+        try:
+            record = records.record(settings.store, state.model, state.version)
+        except ArchiveError as error:
+            if state.champion is None:
+                raise
+            record = records.record(settings.store, state.model, state.champion)
+            state = replace(state, failing=state.failing or f"resumed: {error.message}")
+        limits = limits_of(settings, settings.policy, state.model)
+        if "policy" in state.given:
+            limits = Policy.from_dict(state.given["policy"], origin="the journal")
+        with rig(settings, record, limits, kind=state.kind, needs_server=False) as made:
+            return _ended(settings, *_prepared(settings, state, made))
+
+
+def _prepared(settings: RolloutSettings, state: State, made: Rig) -> tuple[State, Rig]:
+    """An interrupted rollout as it can go on now; where it cannot, on its way back."""
+    if made.server.find() is not None:
+        made.server.wait_ready({}, timeout=60.0)
+    elif state.next != "settled" and not state.failing:
+        return replace(state, failing="resumed while TorchServe was not running", innocent=True), made
+    if state.failing:
+        return state, made
+    try:
+        return state, _with_examples(settings, made)
+    except (MarwrightError, OSError) as error:
+        return replace(state, failing=f"resumed: {error}", innocent=True), made
+
+
+def _resume_all(settings: RolloutSettings) -> int:
+    """Every model's, whatever becomes of the others'; the last error is the exit code."""
+    trouble: MarwrightError | None = None
+    outcomes: list[Outcome] = []
+    for model in [settings.model] if settings.model else _models(settings.store):
+        try:
+            outcome = resumed(replace(settings, model=model))
+        except MarwrightError as error:
+            if trouble is not None:
+                cli.tell(trouble, as_json=settings.json)
+            trouble = error
+        else:
+            outcomes += [outcome] if outcome is not None else []
+    for outcome in outcomes:
+        _tell(settings, outcome)
+    if trouble is not None:
+        raise trouble
+    if not outcomes:
+        print("[]" if settings.json else "nothing to resume")
+    return 0
 
 
 @contextlib.contextmanager
 def rig(
     places: Places,
     record: ArchiveRecord,
-    policy_path: Path | None,
+    limits: Policy,
     *,
     kind: Kind = "rollout",
-    why: str = "",
+    given: Mapping[str, str] | None = None,
     needs_server: bool = True,
 ) -> Iterator[Rig]:
     """What a rollout works with, less the examples; ServerUnreachable where it needs a server and none runs."""
-    limits = limits_of(places, policy_path, record.model)
     server = Server(places.serving, home=places.home)
     if needs_server:
         if server.find() is None:
@@ -145,7 +183,7 @@ def rig(
             policy=limits,
             challenger=record,
             kind=kind,
-            why=why,
+            given=given or {},
             progress=lambda line: print(line, file=sys.stderr, flush=True),
         )
 
@@ -217,12 +255,15 @@ def _retire_when_due(made: Rig, *, limits: Policy) -> None:
         made.progress(f"{version} is kept: {left}" if left else f"{version} is retired")
 
 
-def _samples(settings: RolloutSettings, made: Rig) -> list[Sample]:
-    if settings.samples is not None:
-        return shadow.from_folder(settings.samples)
+def _with_examples(settings: RolloutSettings, made: Rig) -> Rig:
+    """With the requests to replay and the labelled examples."""
     holdout = _holdout(settings, made.challenger)
-    more = holdout.samples[:SAMPLES] if holdout else ()
-    return [*shadow.from_golden(made.golden(made.challenger.version)), *more]
+    if settings.samples is not None:
+        samples = shadow.from_folder(settings.samples)
+    else:
+        more = holdout.samples[:SAMPLES] if holdout else ()
+        samples = [*shadow.from_golden(made.golden(made.challenger.version)), *more]
+    return replace(made, samples=samples, holdout=holdout)
 
 
 def _holdout(settings: RolloutSettings, record: ArchiveRecord) -> Holdout | None:
@@ -236,12 +277,13 @@ def _holdout(settings: RolloutSettings, record: ArchiveRecord) -> Holdout | None
     try:
         with np.load(path, allow_pickle=False) as opened:
             inputs, labels = opened["inputs"], opened["labels"]
-    except (ValueError, KeyError, OSError) as error:
+    except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
         raise DataError(f"{path} is no holdout: {error}", hint="an .npz with the arrays inputs and labels") from None
-    if len(inputs) != len(labels) or not len(labels) or inputs.shape[1:] != spec.input.shape:
+    whole = labels.shape == inputs.shape[:1] and len(labels) > 0 and labels.dtype.kind in "iuf"
+    if not whole or inputs.shape[1:] != spec.input.shape or not np.isfinite(labels).all():
         raise DataError(
-            f"{path} has inputs of shape {inputs.shape} and {len(labels)} labels; {record.model} takes"
-            f" {spec.input.shape}",
+            f"{path} has inputs of shape {inputs.shape} and labels of shape {labels.shape}, {labels.dtype};"
+            f" {record.model} takes inputs of shape {spec.input.shape}, and one finite label for each",
             hint="inputs N×… as the artifact takes them, labels N",
         )
     known = _labelled_with(settings, record, path)
@@ -296,18 +338,18 @@ def _show_verdict(settings: RolloutSettings, book: Journal, state: State) -> Non
         print(where)
 
 
-def _models(settings: RolloutSettings) -> list[str]:
-    if settings.model is not None:
-        return [settings.model]
-    return sorted({each.model for each in records.records(settings.store)})
+def _models(store: Path) -> list[str]:
+    """Models that the store or its journal knows."""
+    with journal.open(store) as book:
+        return sorted({each.model for each in records.records(store)} | {entry.model for entry in book.entries()})
 
 
 def _tell(settings: RolloutSettings, outcome: Outcome) -> None:
     if settings.json:
         print(json.dumps(outcome.__dict__))
         return
-    if outcome.was in (None, outcome.version):
-        print(f"{outcome.model} {outcome.version} answers; the journal says: released, proven")
+    if outcome.was == outcome.version:
+        print(f"{outcome.model} {outcome.version} answers already; its golden examples are answered rightly")
         return
     print(f"{outcome.model} {outcome.version} answers now (was {outcome.was}); the journal says: released, proven")
     if outcome.warm_until is not None:

@@ -74,9 +74,8 @@ def decode(body: bytes, spec: ModelSpec) -> np.ndarray:
 
 
 def read(path: Path) -> tuple[Golden, ...]:
-    """The golden examples of an archive (a `.mar`, or the folder it was unpacked into)."""
-    root = zipfile.Path(path) if path.is_file() else path
-    folder = root / "golden"
+    """The golden examples of an archive (a `.mar`, or the folder it was unpacked into). ArchiveError: there is none."""
+    folder = _root(path) / "golden"
     entries = json.loads((folder / "golden.json").read_text(encoding="utf-8"))
     return tuple(
         Golden(entry["file"], (folder / entry["file"]).read_bytes(), entry["kind"], entry["answer"])
@@ -85,9 +84,17 @@ def read(path: Path) -> tuple[Golden, ...]:
 
 
 def spec(path: Path) -> ModelSpec:
-    """`spec.json` of an archive (a `.mar`, or the folder it was unpacked into)."""
-    root = zipfile.Path(path) if path.is_file() else path
-    return ModelSpec.from_json((root / "spec.json").read_text(encoding="utf-8"))
+    """`spec.json` of an archive (a `.mar`, or the folder it was unpacked into). ArchiveError: there is none."""
+    return ModelSpec.from_json((_root(path) / "spec.json").read_text(encoding="utf-8"))
+
+
+def _root(path: Path) -> zipfile.Path | Path:
+    if path.is_dir():
+        return path
+    try:
+        return zipfile.Path(path)
+    except (OSError, zipfile.BadZipFile) as error:
+        raise ArchiveError(f"{path} cannot be read: {error}", hint="put the built file back") from None
 
 
 def differences(golden: Sequence[Golden], answers: Sequence[Mapping[str, float]]) -> list[str]:

@@ -160,6 +160,12 @@ class Journal:
         found = {model: self.released(model) for (model,) in self._query("select distinct model from entries")}
         return {model: release for model, release in sorted(found.items()) if release is not None}
 
+    def was_proven(self, model: str, version: str) -> bool:
+        """Whether that version ever came to answer by a rollout."""
+        return any(
+            entry.detail["proven"] for entry in self.entries(model, event="released") if entry.version == version
+        )
+
     def previous(self, model: str) -> str | None:
         """What answered before the released version, and was not found wanting: where a rollback leads."""
         line: list[str] = []

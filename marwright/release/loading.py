@@ -63,6 +63,15 @@ def register(client: Client, record: ArchiveRecord, *, seconds: float) -> None:
         time.sleep(0.5)
 
 
+def bring_in(
+    client: Client, record: ArchiveRecord, *, server: Server, call_seconds: float, ready_seconds: float
+) -> list[int]:
+    """Registered, and its workers READY: their process ids."""
+    began = time.time()
+    register(client, record, seconds=call_seconds)
+    return wait_ready(client, record, server=server, since=began, seconds=ready_seconds)
+
+
 def wait_ready(client: Client, record: ArchiveRecord, *, server: Server, since: float, seconds: float) -> list[int]:
     """Process ids of its workers, once as many as it wants are READY.
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from marwright.errors import NotReady, RolloutError, ServerError
+from marwright.errors import ArchiveError, Circumstance, RolloutError, ServerError
 from marwright.packing import golden, records, replay
 from marwright.packing.golden import Golden
 from marwright.packing.records import ArchiveRecord
@@ -48,6 +48,8 @@ class State:
     """The last one that is done."""
     looks: int = 0
     """Of the gate, so far inconclusive."""
+    given: Mapping[str, Any] = field(default_factory=dict)
+    """What it was begun with: the policy, where its examples came from, why. A resumed one goes on with the same."""
     facts: Mapping[str, Any] = field(default_factory=dict)
     """What the phases found out."""
     failing: str = ""
@@ -76,7 +78,8 @@ class Rig:
     policy: Policy
     challenger: ArchiveRecord
     kind: Kind = "rollout"
-    why: str = ""
+    given: Mapping[str, Any] = field(default_factory=dict)
+    """What the journal keeps beside the policy, for a resumed rollout."""
     samples: Sequence[Sample] = ()
     """To be replayed to both versions; golden examples where there are none."""
     holdout: Holdout | None = None
@@ -95,8 +98,8 @@ class Rig:
         return shadow.from_golden(self.golden(version))[0]
 
 
-class Inconclusive(Exception):
-    """The gate wants another look."""
+class NotPassed(Exception):
+    """The gate has not said yes: it says no, or wants another look."""
 
     def __init__(self, verdict: Verdict) -> None:
         super().__init__(verdict.reason)
@@ -114,7 +117,8 @@ def _registered(state: State, rig: Rig) -> dict[str, Any]:
     rig.progress(f"loading {state.model} {state.version} beside {state.champion or 'nothing'}")
     began = time.time()
     loading.register(rig.client, rig.challenger, seconds=rig.policy.server.call_seconds)
-    return {"began": began}
+    found = rig.server.find()
+    return {"began": began, "server": [found.pid, found.process.create_time()] if found else None}
 
 
 def _ready(state: State, rig: Rig) -> dict[str, Any]:
@@ -146,7 +150,7 @@ def _shadowed(state: State, rig: Rig) -> dict[str, Any]:
     missed = shadow.missed(champion, challenger)
     _same_workers(state, rig)
     if not answered:
-        raise RolloutError(
+        raise Circumstance(
             f"the champion {state.champion} answered none of {len(chosen)} requests: {champion.errors[0]}"
         )
     if missed > policy.max_errors:
@@ -179,7 +183,7 @@ def _gated(state: State, rig: Rig) -> dict[str, Any]:
     if state.champion is None:
         return {"gate": "nothing to compare with"}
     if rig.holdout is None or not len(rig.holdout.samples):
-        raise RolloutError(
+        raise Circumstance(
             f"no labelled examples for the gate of {state.model} {state.version}",
             hint="--holdout examples.npz, with inputs and labels that neither version has learned from",
         )
@@ -190,6 +194,11 @@ def _gated(state: State, rig: Rig) -> dict[str, Any]:
     versions = (state.champion, state.version)
     sides = shadow.side_by_side(rig.client, state.model, versions, rig.holdout.samples[:count], max_missed=0)
     _same_workers(state, rig)
+    if sides[0].errors:  # compared with a silent champion, anybody looks good
+        raise Circumstance(
+            f"the champion {state.champion} left {len(sides[0].errors)} of {count} examples unanswered:"
+            f" {sides[0].errors[0]}"
+        )
     ours, theirs = (
         Observed(
             version=side.version,
@@ -203,18 +212,20 @@ def _gated(state: State, rig: Rig) -> dict[str, Any]:
     verdict = gate.decide(
         ours, theirs, rig.holdout.targets[: len(ours.outputs)], rig.policy.gate, classes=rig.holdout.classes, look=look
     )
-    if verdict.outcome == "inconclusive":
-        raise Inconclusive(verdict)
-    if verdict.outcome == "fail":
-        note(rig, state, "gated", "verdict", verdict=verdict.to_dict())
-        raise RolloutError(f"the gate says no: {verdict.reason}")
+    if verdict.outcome != "pass":
+        raise NotPassed(verdict)
     rig.progress(f"the gate says yes: {verdict.reason}")
     return {"verdict": verdict.to_dict()}
 
 
 def _promoted(state: State, rig: Rig) -> dict[str, Any]:
-    why = f"rollout {state.id}" if state.kind == "rollout" else f"rollback from {state.champion}: {rig.why}"
-    serve_by_default(rig, state.version, why=why, back=state.kind == "rollback")
+    back = state.kind == "rollback"
+    why = f"rollback from {state.champion}: {state.given.get('why', '')}" if back else f"rollout {state.id}"
+    rig.book.add(state.model, state.version, "switching", why=why)
+    rig.client.set_default(state.model, state.version)
+    proven = not back or rig.book.was_proven(state.model, state.version)
+    rig.book.release(state.model, state.version, proven=proven, why=why, running=True, back=back)
+    serving.refresh(rig.config, rig.store)
     seen = proof.prove(rig.client, rig.challenger, rig.golden(state.version), pinned=False)
     rig.progress(f"{state.version} answers; {seen.examples} golden examples answered rightly on the default URL")
     return {}
@@ -267,55 +278,50 @@ def _watched(state: State, rig: Rig) -> dict[str, Any]:
 
 
 def _settled(state: State, rig: Rig) -> dict[str, Any]:
-    try:
-        return _others_out(state, rig)
-    except ServerError as error:  # no reason to go back from a good version
-        rig.progress(f"the old version could not be drained: {error.message}")
-        return {"undrained": error.message}
+    """The champion is drained and kept warm, or retired; whatever else is loaded is retired.
 
-
-def _others_out(state: State, rig: Rig) -> dict[str, Any]:
-    """The champion is drained and kept warm, or retired; whatever else is loaded is retired."""
+    What cannot be done here is no reason to go back from a good version: it is noted, and left to `reconcile`.
+    """
     policy = rig.policy.settle
-    warm: dict[str, Any] = {}
-    for version in sorted(loading.versions(rig.client, state.model)):
-        if version == state.version:
-            continue
-        keep = version == state.champion and state.kind == "rollout" and policy.warm_seconds > 0
-        if keep:
+    try:
+        others = sorted(loading.versions(rig.client, state.model).keys() - {state.version})
+    except ServerError as error:
+        others = [state.champion] if state.champion else []
+        rig.progress(f"the server cannot be asked what it holds: {error.message}")
+    facts: dict[str, Any] = {}
+    for version in others:
+        if version == state.champion and state.kind == "rollout" and policy.warm_seconds > 0:
             rig.progress(f"{version} is drained and stays warm for {policy.warm_seconds:g} s")
-            try:
-                retiring.drain(
-                    rig.client, state.model, version, rig.probe(version), idle=0, seconds=policy.drain_seconds
-                )
-                left = ""
-            except NotReady as error:
-                left = error.message
-            warm = {"warm": version, "warm_until": time.time() + policy.warm_seconds, "undrained": left}
-            continue
-        rig.progress(f"retiring {version}")
-        why = f"{state.kind} to {state.version}"
-        left = retiring.retire(
+            facts = {"warm": version, "warm_until": time.time() + policy.warm_seconds}
+        else:
+            rig.progress(f"retiring {version}")
+        left = _out(state, rig, version, warm=facts.get("warm") == version)
+        if left:
+            rig.progress(f"{version} is not drained: {left}")
+            facts.setdefault("undrained", {})[version] = left
+    return facts
+
+
+def _out(state: State, rig: Rig, version: str, *, warm: bool) -> str:
+    """Drain a version, and unless it is to stay warm take it out; what is left to say, in words."""
+    policy = rig.policy.settle
+    try:
+        probe = rig.probe(version)
+        if warm:
+            retiring.drain(rig.client, state.model, version, probe, idle=0, seconds=policy.drain_seconds)
+            return ""
+        return retiring.retire(
             rig.client,
             rig.book,
             state.model,
             version,
-            rig.probe(version),
-            why=why,
+            probe,
+            why=f"{state.kind} to {state.version}",
             idle=policy.idle_seconds,
             seconds=policy.drain_seconds,
         )
-        if left:
-            rig.progress(f"kept: {left}")
-    return warm
-
-
-def serve_by_default(rig: Rig, version: str, *, why: str, back: bool = False) -> None:
-    """Intent, switch, done: from here on the journal says `version`."""
-    rig.book.add(rig.model, version, "switching", why=why)
-    rig.client.set_default(rig.model, version)
-    rig.book.release(rig.model, version, proven=True, why=why, running=True, back=back)
-    serving.refresh(rig.config, rig.store)
+    except (ServerError, ArchiveError) as error:
+        return error.message
 
 
 def note(rig: Rig, state: State, phase: str, step: str, **facts: Any) -> None:

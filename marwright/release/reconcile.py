@@ -91,9 +91,13 @@ def mend(difference: Difference, server: Server, client: Client, book: Journal, 
         return f"{model} {version} is kept: {left}" if left else f"{model} {version} is retired"
     if difference.mend == "load":
         records.check_whole(record, store)
-        began = time.time()
-        loading.register(client, record, seconds=policy.server.call_seconds)
-        loading.wait_ready(client, record, server=server, since=began, seconds=policy.ready.seconds)
+        loading.bring_in(
+            client,
+            record,
+            server=server,
+            call_seconds=policy.server.call_seconds,
+            ready_seconds=policy.ready.seconds,
+        )
         proof.prove(client, record, examples)
         return f"{model} {version} is loaded, and answers its golden examples"
     if difference.mend == "switch":

@@ -23,16 +23,25 @@ the challenger is unregistered. A rollback is the same with fewer phases, toward
 from __future__ import annotations
 
 import contextlib
-import time
+import traceback
 from collections.abc import Iterator
 from dataclasses import replace
 
-from marwright.errors import MarwrightError, RolledBack, RolloutError, ServerError
+from marwright.errors import (
+    ArchiveError,
+    Circumstance,
+    MarwrightError,
+    RolledBack,
+    RolloutError,
+    ServerError,
+    ServerRefused,
+    ServerUnreachable,
+)
 from marwright.packing import records
 from marwright.release import loading, retiring, serving
 from marwright.release.gate import Verdict
 from marwright.release.journal import Entry, Journal
-from marwright.release.phases import PHASES, STEPS, Inconclusive, Rig, State, note
+from marwright.release.phases import PHASES, STEPS, NotPassed, Rig, State, note
 
 _CTRL_C = "interrupted by Ctrl-C"
 
@@ -54,7 +63,8 @@ def begin(rig: Rig) -> State:
             hint="marwright reconcile",
         )
     used = (int(entry.detail.get("id", 0)) for entry in rig.book.entries(rig.model, event="rollout"))
-    return State(1 + max(used, default=0), rig.model, rig.challenger.version, answers, kind=rig.kind)
+    given = {"policy": rig.policy.to_dict(), **rig.given}
+    return State(1 + max(used, default=0), rig.model, rig.challenger.version, answers, kind=rig.kind, given=given)
 
 
 def advance(state: State, rig: Rig) -> State:
@@ -63,32 +73,54 @@ def advance(state: State, rig: Rig) -> State:
         return _go_back(state, rig)
     phase = state.next
     try:
-        note(rig, state, phase, "begin")
+        note(rig, state, phase, "begin", **({} if state.phase else {"given": dict(state.given)}))
         facts = STEPS[phase](state, rig)
         note(rig, state, phase, "done", **facts)
-    except Inconclusive as more:
-        looks = state.looks + 1
-        last = looks >= rig.policy.gate.looks
-        try:
-            note(rig, state, phase, "verdict" if last else "look", verdict=more.verdict.to_dict())
-        except RolloutError as error:
-            return replace(state, failing=f"{phase}: {error}")
-        reason = f"{phase}: inconclusive after {looks} looks: {more.verdict.reason}"
-        return replace(state, looks=looks, failing=reason if last else "")
-    except MarwrightError as error:
+    except NotPassed as gate:
+        return _not_passed(state, rig, gate.verdict)
+    except KeyboardInterrupt:
         if phase == "settled":  # the new version has shown itself: this is no reason to go back
             raise
-        return replace(state, failing=f"{phase}: {error}", innocent=rig.server.find() is None)
-    except KeyboardInterrupt:
+        return replace(state, failing=f"{phase}: {_CTRL_C}", innocent=True)
+    except Exception as error:
         if phase == "settled":
             raise
-        return replace(state, failing=f"{phase}: {_CTRL_C}", innocent=True)
+        if not isinstance(error, MarwrightError):  # a fault of ours, or of the disk: the champion comes first
+            rig.progress(traceback.format_exc())
+        said = str(error) if isinstance(error, MarwrightError) else f"{type(error).__name__}: {error}"
+        return replace(state, failing=f"{phase}: {said}", innocent=_innocent(state, rig, phase, error))
     return replace(
         state,
         phase=phase,
         facts={**state.facts, **facts},
         ended="settled" if phase == PHASES[state.kind][-1] else "",
     )
+
+
+def _not_passed(state: State, rig: Rig, verdict: Verdict) -> State:
+    """Another look, or the way back. Which of them is in the journal with the verdict: it is not asked twice."""
+    looks = state.looks + 1
+    last = verdict.outcome == "fail" or looks >= rig.policy.gate.looks
+    reason = ""
+    if last:
+        says = "the gate says no" if verdict.outcome == "fail" else f"inconclusive after {looks} looks"
+        reason = f"gated: {says}: {verdict.reason}"
+    try:
+        note(rig, state, "gated", "verdict" if last else "look", verdict=verdict.to_dict(), reason=reason)
+    except RolloutError as error:
+        return replace(state, failing=f"gated: {error}", innocent=True)
+    return replace(state, looks=looks, failing=reason)
+
+
+def _innocent(state: State, rig: Rig, phase: str, error: Exception) -> bool:
+    """Whether that says nothing about the version: the server, the disk or the line failed, not the challenger."""
+    if isinstance(error, Circumstance | OSError):
+        return True
+    found = rig.server.find()
+    began = state.facts.get("server")
+    if found is None or (began and list(began) != [found.pid, found.process.create_time()]):
+        return True
+    return phase == "registered" and isinstance(error, ServerUnreachable | ServerRefused)
 
 
 def run(state: State, rig: Rig) -> State:
@@ -125,9 +157,9 @@ def unfinished(book: Journal, model: str) -> State | None:
 
 
 def last_verdict(book: Journal, model: str, version: str) -> Verdict | None:
-    """What the gate said of that version last."""
-    said = [entry for entry in book.entries(model, event="rollout") if "verdict" in entry.detail]
-    said = [entry for entry in said if entry.version == version]
+    """What the gate said of that version in its last rollout; None where that did not come so far."""
+    of_it = [entry for entry in book.entries(model, event="rollout") if entry.version == version]
+    said = [entry for entry in of_it if "verdict" in entry.detail and entry.detail["id"] == of_it[-1].detail["id"]]
     return Verdict.from_dict(said[-1].detail["verdict"]) if said else None
 
 
@@ -137,6 +169,8 @@ def due(book: Journal, model: str) -> dict[str, float]:
     for entry in book.entries(model):
         if entry.event == "rollout" and entry.detail.get("warm"):
             warm[entry.detail["warm"]] = float(entry.detail["warm_until"])
+        elif entry.event == "kept":  # it was in use when its time was over
+            warm[entry.version] = entry.time
         elif entry.event in ("retired", "released", "rolled back"):
             warm.pop(entry.version, None)
     return warm
@@ -147,7 +181,14 @@ def due(book: Journal, model: str) -> dict[str, float]:
 
 def _first(entry: Entry) -> State:
     detail = entry.detail
-    return State(detail["id"], entry.model, entry.version, detail["champion"], kind=detail.get("kind", "rollout"))
+    return State(
+        detail["id"],
+        entry.model,
+        entry.version,
+        detail["champion"],
+        kind=detail.get("kind", "rollout"),
+        given=detail.get("given", {}),
+    )
 
 
 def _after(state: State, entry: Entry) -> State:
@@ -156,8 +197,8 @@ def _after(state: State, entry: Entry) -> State:
         return replace(state, ended="rolled back")
     if entry.event == "rolling back":
         return replace(state, failing=detail["reason"], innocent=detail.get("innocent", False))
-    if detail["step"] == "look":
-        return replace(state, looks=state.looks + 1)
+    if detail["step"] in ("look", "verdict"):
+        return replace(state, looks=state.looks + 1, failing=detail.get("reason", ""))
     if detail["step"] != "done":
         return state
     facts = {key: value for key, value in detail.items() if key not in ("id", "kind", "phase", "step", "champion")}
@@ -184,16 +225,15 @@ def _go_back(state: State, rig: Rig) -> State:
         switched = state.champion is not None and released is not None and released.version != state.champion
         if switched and state.champion:
             rig.book.add(state.model, state.champion, "switching", why=f"rolled back from {state.version}")
-    untold: ServerError | None = None
+    untold: MarwrightError | None = None
     try:
         _champion_by_default(state, rig)
-    except ServerError as error:
+    except (ServerError, ArchiveError) as error:
         untold = error
     with _journal_or_stop(state, rig):
         if switched and state.champion:  # also where the server could not be told: its next start is right then
             why = f"rolled back from {state.version}: {state.failing.splitlines()[0]}"
-            before = rig.book.entries(state.model, event="released")
-            proven = any(entry.detail["proven"] for entry in before if entry.version == state.champion)
+            proven = rig.book.was_proven(state.model, state.champion)
             rig.book.release(state.model, state.champion, proven=proven, why=why, running=True, back=True)
             serving.refresh(rig.config, rig.store)
     if untold is not None and rig.server.find() is not None:
@@ -214,26 +254,35 @@ def _go_back(state: State, rig: Rig) -> State:
 def _champion_by_default(state: State, rig: Rig) -> None:
     if state.champion is None or loading.default_version(rig.client, state.model) == state.champion:
         return
-    champion = records.record(rig.store, state.model, state.champion)
-    began = time.time()
-    loading.register(rig.client, champion, seconds=rig.policy.server.call_seconds)
-    seconds = rig.policy.ready.seconds
-    loading.wait_ready(rig.client, champion, server=rig.server, since=began, seconds=seconds)
+    loading.bring_in(
+        rig.client,
+        records.record(rig.store, state.model, state.champion),
+        server=rig.server,
+        call_seconds=rig.policy.server.call_seconds,
+        ready_seconds=rig.policy.ready.seconds,
+    )
     rig.client.set_default(state.model, state.champion)
 
 
 def _challenger_out(state: State, rig: Rig) -> str:
     """Unregister it, drained as far as it can be; what is left to say, in words."""
     settle = rig.policy.settle
+    released = rig.book.released(state.model)
     try:
-        held = loading.versions(rig.client, state.model)
-        if state.version not in held or (held[state.version].default and state.champion is None):
+        if state.version not in loading.versions(rig.client, state.model):
             return ""
+        if released is not None and released.version == state.version:
+            return f"{state.version} is the first of all and stays: there is nothing to go back to"
+        try:
+            probe = rig.probe(state.version)
+        except ArchiveError as error:
+            loading.remove(rig.client, state.model, state.version)
+            return f"{state.version} was taken out without draining it: {error.message}"
         return retiring.force_out(
             rig.client,
             state.model,
             state.version,
-            rig.probe(state.version),
+            probe,
             idle=settle.idle_seconds,
             seconds=settle.drain_seconds,
         )

@@ -5,10 +5,17 @@ It is a function of the configuration and the journal, so every command may make
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
+
+import filelock
 
 from marwright.errors import RolloutError
 from marwright.release import journal, properties
+
+LOCK = ".serving.lock"
+"""File name, in the model store."""
 
 
 def refresh(config: Path, store: Path) -> bool:
@@ -16,12 +23,35 @@ def refresh(config: Path, store: Path) -> bool:
 
     RolloutError where it cannot be written.
     """
-    if not (store / journal.FILE).is_file():
-        return (store / properties.SERVING).is_file() and _written(config, store, [])
-    with journal.open(store) as book:
-        released = book.releases()
-    archives = [f"{release.model}-{release.version}.mar" for release in released.values()]
-    return _written(config, store, archives)
+    if not store.is_dir():
+        return False
+    with _alone(store):  # reading included: what was read earlier must not be written later
+        if not (store / journal.FILE).is_file():
+            return (store / properties.SERVING).is_file() and _written(config, store, [])
+        with journal.open(store) as book:
+            released = book.releases()
+        archives = [f"{release.model}-{release.version}.mar" for release in released.values()]
+        return _written(config, store, archives)
+
+
+@contextlib.contextmanager
+def _alone(store: Path) -> Iterator[None]:
+    """One refresh at a time. Where no lock can be had nothing can be written either, and a mere look may go on."""
+    lock = filelock.FileLock(store / LOCK)
+    try:
+        lock.acquire(timeout=journal.BUSY_SECONDS, poll_interval=0.02)
+    except filelock.Timeout:
+        raise RolloutError(
+            f"another command has been writing {store / properties.SERVING} for {journal.BUSY_SECONDS:g} s",
+            hint=f"end the process that holds {lock.lock_file}",
+        ) from None
+    except OSError:
+        yield
+        return
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _written(config: Path, store: Path, archives: list[str]) -> bool:

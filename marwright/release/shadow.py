@@ -79,7 +79,8 @@ def side_by_side(
     Ends early when the second one owes more than `max_missed` answers that the first one gave: nothing can make up for
     them, and each may be a timeout that has to be waited for.
     """
-    sides = (Side(versions[0]), Side(versions[1]))
+    sides = champion, challenger = (Side(versions[0]), Side(versions[1]))
+    owed = 0
     pids = tuple(loading.ready_pids(loading.loaded(client, model, version)) for version in versions)
     half = (0, 0)
     for number, sample in enumerate(samples):
@@ -87,7 +88,8 @@ def side_by_side(
             half = (largest(pids[0]), largest(pids[1]))
         for side in sides if number % 2 else reversed(sides):
             _ask(client, model, side, sample)
-        if missed(*sides) > max_missed:
+        owed += champion.answers[-1] is not None and challenger.answers[-1] is None
+        if owed > max_missed:
             break
         if progress is not None:
             progress(number + 1)

@@ -16,12 +16,16 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from marwright.errors import MarwrightError, RolledBack, RolloutError, ServerUnreachable
-from marwright.release import journal, loading, phases, plan, reconcile, rollout, turns
+from marwright.release import journal, loading, phases, plan, policy, reconcile, rollout, shadow, turns
+from marwright.release.client import Client
 from marwright.release.phases import PHASES
+from marwright.release.policy import Policy
 from marwright.release.server import Expected
+from marwright.release.shadow import Sample, Side
 from marwright.settings import ReconcileSettings, ReleaseSettings, ReleasesSettings, RolloutSettings, StatusSettings
 from scripts import reconcile as reconcile_verb
 from scripts import release as release_verb
@@ -69,6 +73,10 @@ def asking(stage: Stage) -> Iterator[list[str]]:
     assert answered
 
 
+def limits(stage: Stage) -> Policy:
+    return verb.limits_of(stage.places, None, "digits")
+
+
 def calls_of(stage: Stage, version: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Roll that version out; every call that was made to the server."""
     made: list[str] = []
@@ -84,8 +92,9 @@ def calls_of(stage: Stage, version: str, monkeypatch: pytest.MonkeyPatch) -> lis
 def test_a_good_version_comes_to_answer_and_no_request_is_lost(
     stage: Stage, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    limits = verb.limits_of(stage.places, None, "digits")
-    planned = plan.calls(stage.record("1.1"), "1.0", limits, verb._holdout(stage.settings(), stage.record("1.1")))
+    planned = plan.calls(
+        stage.record("1.1"), "1.0", limits(stage), verb._holdout(stage.settings(), stage.record("1.1"))
+    )
     with asking(stage) as answered:
         made = calls_of(stage, "1.1", monkeypatch)
     assert answered[0] == "1.0"
@@ -141,9 +150,11 @@ def test_a_rollback_to_a_version_that_was_retired_registers_it_again(stage: Stag
 
 
 def test_the_same_version_again_is_proved_and_noted(stage: Stage) -> None:
+    before = stage.entries()
     outcome = verb.rolled_out(stage.settings("1.0"))
     assert (outcome.version, outcome.was) == ("1.0", "1.0")
-    assert stage.released().proven
+    assert stage.entries() == before, "golden examples alone do not make a hand-released version a proven one"
+    assert not stage.released().proven
 
 
 def test_a_second_rollout_of_a_model_says_who_holds_it(stage: Stage) -> None:
@@ -174,13 +185,13 @@ def test_without_labelled_examples_the_gate_stops_it(stage: Stage, tmp_path: Pat
 
 
 def test_an_interrupted_rollout_goes_on_where_it_was(stage: Stage, capsys: pytest.CaptureFixture[str]) -> None:
-    with verb.rig(stage.settings(), stage.record("1.1"), None) as made:
+    with verb.rig(stage.settings(), stage.record("1.1"), limits(stage)) as made:
         state = rollout.begin(made)
         for _ in range(3):
             state = rollout.advance(state, made)
         assert state.phase == "ready"
     with journal.open(stage.store) as book:
-        assert rollout.unfinished(book, "digits") == replace(state, facts=state.facts)
+        assert rollout.unfinished(book, "digits") == state, "all of it is in the journal"
         found = reconcile.differences(book, "digits", {})
     assert found[0].mend == "resume"
     with pytest.raises(RolloutError, match="was interrupted in phase shadowed"):
@@ -190,6 +201,90 @@ def test_an_interrupted_rollout_goes_on_where_it_was(stage: Stage, capsys: pytes
     assert stage.answers() == "1.1"
     assert verb.resumed(stage.settings(resume=True)) is None
     assert rollback_verb.main(stage.rollback()) == 0
+
+
+def test_a_resumed_rollout_has_the_limits_and_examples_that_it_was_begun_with(stage: Stage, tmp_path: Path) -> None:
+    strict = tmp_path / "strict.toml"
+    strict.write_text(rollouts.QUICK.replace("margin = 0.3", "margin = 0.0001"), encoding="utf-8")
+    some = tmp_path / "some.npz"
+    with np.load(stage.runs / stage.record("1.0").run / "examples.npz") as whole:
+        np.savez(some, inputs=whole["inputs"][:50], labels=whole["labels"][:50])
+    settings = stage.settings("1.1", policy=strict, holdout=some)
+    with verb.rig(settings, stage.record("1.1"), policy.load(strict, "digits"), given={"holdout": str(some)}) as made:
+        state = rollout.begin(made)
+        for _ in range(3):
+            state = rollout.advance(state, made)
+    with pytest.raises(RolledBack, match=r"inconclusive after 1 looks.* on 50 examples"):
+        verb.resumed(stage.settings(resume=True))
+    with journal.open(stage.store) as book:
+        assert rollout.unfinished(book, "digits") is None
+
+
+def test_the_gates_no_is_not_asked_for_twice(stage: Stage) -> None:
+    """Killed between the verdict and the way back: the way back it is."""
+    with verb.rig(stage.settings(), stage.record("1.1"), limits(stage)) as made:
+        state = rollout.begin(made)
+        for _ in range(3):
+            state = rollout.advance(state, made)
+        no = "gated: the gate says no: accuracy 0.9 → 0.5"
+        phases.note(made, state, "gated", "verdict", reason=no)
+    with pytest.raises(RolledBack, match="the gate says no"):
+        verb.resumed(stage.settings(resume=True))
+    assert stage.held() == ["1.0"]
+
+
+def test_a_rollback_sends_an_interrupted_rollout_back(stage: Stage, capsys: pytest.CaptureFixture[str]) -> None:
+    with verb.rig(stage.settings(), stage.record("1.1"), limits(stage)) as made:
+        state = rollout.begin(made)
+        for _ in range(3):
+            state = rollout.advance(state, made)
+    assert rollback_verb.main(replace(stage.rollback(), why="it is late")) == 0
+    assert "digits 1.0 answers again (was 1.1)" in capsys.readouterr().out
+    assert stage.entries("rolled back")[-1].detail["reason"] == "rolled back: it is late"
+    assert stage.held() == ["1.0"]
+
+
+def test_an_interrupted_rollout_whose_archive_is_gone_goes_back(stage: Stage) -> None:
+    with verb.rig(stage.settings(), stage.record("1.1"), limits(stage)) as made:
+        state = rollout.begin(made)
+        for _ in range(3):
+            state = rollout.advance(state, made)
+    hidden = stage.store / "elsewhere"
+    hidden.mkdir()
+    for name in ("digits-1.1.mar", "digits-1.1.json"):
+        (stage.store / name).rename(hidden / name)
+    try:
+        with pytest.raises(RolledBack, match=r"no archive of digits 1\.1.*\n.*taken out without draining"):
+            verb.resumed(stage.settings(resume=True))
+    finally:
+        for path in hidden.iterdir():
+            path.rename(stage.store / path.name)
+    assert stage.held() == ["1.0"]
+
+
+def test_a_champion_that_does_not_answer_is_no_yardstick(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = shadow._ask
+
+    def silent(client: Client, model: str, side: Side, sample: Sample) -> None:
+        real(client, model, side, sample)
+        if side.version == "1.0" and len(side.answers) == 30:
+            side.answers[-1] = None
+            side.errors.append("refused with 503")
+
+    monkeypatch.setattr(shadow, "_ask", silent)
+    with pytest.raises(RolledBack, match=r"the champion 1\.0 left 1 of 359 examples unanswered"):
+        verb.rolled_out(stage.settings("1.1"))
+    assert stage.entries("rolled back")[-1].detail["innocent"]
+
+
+def test_whatever_goes_wrong_in_a_phase_the_champion_comes_first(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("a fault of ours")
+
+    monkeypatch.setattr(phases, "_server_counts", broken)
+    with pytest.raises(RolledBack, match="watched: ZeroDivisionError: a fault of ours"):
+        verb.rolled_out(stage.settings("1.1"))
+    assert (stage.answers(), stage.held()) == ("1.0", ["1.0"])
 
 
 def test_ctrl_c_leaves_the_champion_and_nothing_half_done(stage: Stage) -> None:
@@ -291,7 +386,7 @@ def test_releases_shows_what_answered_and_why(stage: Stage, capsys: pytest.Captu
     said = capsys.readouterr().out
     assert "without proof: test" in said
     assert "rollback from 1.1: by hand" in said
-    assert "digits: 1.0 should answer, released proven" in said
+    assert "digits: 1.0 should answer, released without proof" in said
     assert releases_verb.main(replace(settings, all=True, json=True)) == 0
     assert len(json.loads(capsys.readouterr().out)) == len(stage.entries())
 
@@ -309,7 +404,7 @@ def test_release_by_hand_says_so_for_ever(stage: Stage, capsys: pytest.CaptureFi
 
 
 def test_a_release_by_hand_ends_what_was_interrupted(stage: Stage) -> None:
-    with verb.rig(stage.settings(), stage.record("1.1"), None) as made:
+    with verb.rig(stage.settings(), stage.record("1.1"), limits(stage)) as made:
         state = rollout.begin(made)
         for _ in range(2):
             state = rollout.advance(state, made)
