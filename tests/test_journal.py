@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import sqlite3
+import threading
+from collections.abc import Sequence
 from pathlib import Path
 
+import filelock
 import psutil
 import pytest
 
+from marwright import files
 from marwright.errors import RolloutError
-from marwright.release import journal, rollout, serving
+from marwright.release import journal, properties, rollout, serving
 from marwright.release.journal import Release
 from marwright.settings import ReleasesSettings
 from scripts import releases
@@ -121,6 +126,74 @@ def test_serving_properties_follow_the_journal_and_the_configuration(tmp_path: P
     database.close()
     assert serving.refresh(config, store)
     assert "load_models=digits-1.10.mar\n" in (store / "serving.properties").read_text()
+
+
+def test_of_two_refreshes_at_a_time_the_last_release_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A `status` that has read 1.0 and is slow to write; a rollout releases 1.1 and refreshes meanwhile."""
+    config, store = tmp_path / "config.properties", tmp_path / "store"
+    torchserve.write_config(config, {})
+    with journal.open(store) as book:
+        book.release("digits", "1.0", proven=False, why="test")
+    has_read, has_written = threading.Event(), threading.Event()
+    write = properties.write_serving
+
+    def slowly(config: Path, store: Path, archives: Sequence[str]) -> bool:
+        if list(archives) == ["digits-1.0.mar"]:
+            has_read.set()
+            has_written.wait(1)  # in vain, where the other one is kept waiting
+        return write(config, store, archives)
+
+    monkeypatch.setattr(properties, "write_serving", slowly)
+    status = threading.Thread(target=serving.refresh, args=(config, store))
+    status.start()
+    assert has_read.wait(30)
+    with journal.open(store) as book:
+        book.release("digits", "1.1", proven=True, why="rollout", running=True)
+    serving.refresh(config, store)
+    has_written.set()
+    status.join(30)
+    assert "load_models=digits-1.1.mar\n" in (store / "serving.properties").read_text()
+
+
+def test_many_processes_refresh_and_the_journals_last_word_stays(tmp_path: Path) -> None:
+    config, store = tmp_path / "config.properties", tmp_path / "store"
+    torchserve.write_config(config, {})
+    context = multiprocessing.get_context("spawn")
+    writers = [context.Process(target=_release, args=(config, store, f"model-{number}")) for number in range(3)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join(timeout=60)
+        assert writer.exitcode == 0
+    archives = ",".join(f"model-{number}-1.9.mar" for number in range(3))
+    assert f"load_models={archives}\n" in (store / "serving.properties").read_text()
+
+
+def _release(config: Path, store: Path, name: str) -> None:
+    for number in range(10):
+        with journal.open(store) as book:
+            book.release(name, f"1.{number}", proven=False, why="test")
+        serving.refresh(config, store)
+
+
+def test_a_store_without_room_for_a_lock_is_told_as_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk: what is right already needs no writing, the rest says which file cannot be written."""
+    config, store = tmp_path / "config.properties", tmp_path / "store"
+    torchserve.write_config(config, {})
+    with journal.open(store) as book:
+        book.release("digits", "1.0", proven=False, why="test")
+    serving.refresh(config, store)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", full)
+    monkeypatch.setattr(files, "write_text", full)
+    assert not serving.refresh(config, store)
+    with journal.open(store) as book:
+        book.release("digits", "1.1", proven=False, why="test")
+    with pytest.raises(RolloutError, match=r"serving\.properties, which TorchServe reads at its next start, cannot be"):
+        serving.refresh(config, store)
 
 
 def test_what_may_answer_when(tmp_path: Path) -> None:
