@@ -20,15 +20,18 @@ import filelock
 from marwright import files
 from marwright.errors import RolloutError
 
+LOOK_SECONDS = 1.0
+"""`holder` takes the lock for a moment to see whether it is free: a rollout waits that long before it gives up."""
+
 
 @contextlib.contextmanager
 def only_one(store: Path, model: str, *, what: str) -> Iterator[None]:
-    """Hold the model; RolloutError at once, saying who does, where another one holds it."""
+    """Hold the model; RolloutError, saying who does, where another one holds it for longer than a look takes."""
     lock, note = _paths(store, model)
     store.mkdir(parents=True, exist_ok=True)
     held = filelock.FileLock(lock)
     try:
-        held.acquire(timeout=0)
+        held.acquire(timeout=LOOK_SECONDS)
     except filelock.Timeout:
         raise RolloutError(
             f"{model} is being changed by another command: {holder(store, model) or 'it does not say which'}",
