@@ -838,16 +838,23 @@ def test_the_page_needs_nothing_else_and_takes_no_markup_from_a_server(tmp_path:
     lines = [*BY_HAND, f"1004,1004,1004.1,rest,default,{evil},200,wrong,a,{evil} $x_ from the server"]
     read = write(tmp_path / "raw.csv", lines, {"model": f"m{evil}"})
     entries = [
+        entry("1970-01-01T00:16:41.400+00:00", "1.1", "switching"),
         entry("1970-01-01T00:16:41.500+00:00", "1.1", "released"),
         entry("1970-01-01T00:16:43.000+00:00", "1.0", "released", back=True),
         entry("1970-01-01T00:16:42.000+00:00", "1.1", "rolled back"),
         entry("1970-01-01T00:16:42.000+00:00", "1.1", "archived"),
-        entry("1970-01-01T01:00:00.000+00:00", "1.2", "promoted"),
+        entry("1970-01-01T01:00:00.000+00:00", "1.2", "switching"),
     ]
     found = report.findings(read, entries=entries)
-    assert sorted(label for _, label in found.switches) == ["back to 1.0", "released 1.1", "rolled back 1.1"]
+    assert [label for _, label in found.switches] == [
+        "switching to 1.1",
+        "released 1.1",
+        "back to 1.0",
+        "rolled back 1.1",
+    ]
     assert found.pause is not None
     assert found.pause.beside == (
+        "switching 1.1 -0.13 s",
         "released 1.1 -0.03 s",
         "archived 1.1 +0.47 s",
         "rolled back 1.1 +0.47 s",

@@ -26,8 +26,8 @@ from marwright.release.loadtest.results import Results
 
 PERCENTILES = {"p50": 500, "p90": 900, "p99": 990, "p99.9": 999, "max": 1000}
 """By name, in thousandths."""
-SWITCHES = ("promoted", "rolled back", "released")
-"""Events of the journal that change which version answers."""
+SWITCHES = ("switching", "released", "rolled back")
+"""Events of the journal at which another version may begin, or ends, to answer."""
 SLACK = 0.001
 """Seconds: the journal's times end with the millisecond."""
 
@@ -317,7 +317,7 @@ def _versions(results: Results) -> list[str]:
 def _switch(entry: Entry) -> str:
     if entry.event == "released":
         return f"{'back to' if entry.detail.get('back') else 'released'} {entry.version}"
-    return f"{entry.event} {entry.version}"
+    return f"{'switching to' if entry.event == 'switching' else entry.event} {entry.version}"
 
 
 def _failures(results: Results, start: float) -> tuple[Mapping[str, Any], ...]:
