@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from marwright import cli
 from marwright.packing import golden, records
 from marwright.packing.records import ArchiveRecord
-from marwright.release import journal, proof
+from marwright.release import journal, loading, proof
 from marwright.release.proof import Proof
 from marwright.release.server import Expected, Server
 from marwright.settings import Places, ServeSettings
@@ -59,13 +59,16 @@ def _forget_others(places: Places) -> None:
 
 
 def _load_new_models(server: Server, released: Iterable[ArchiveRecord], seconds: float) -> None:
-    """A model of which the running server knows no version is no risk to anybody: load it."""
+    """A model of which the running server knows no version is no risk to anybody: load it.
+
+    Not by a REST call that waits for its workers: that one stalls the inference port for as long.
+    """
     server.wait_ready({}, timeout=seconds)
     with server.client() as client:
         known = client.models()
         for each in released:
             if each.model not in known:
-                client.register(each.file, initial_workers=each.workers, synchronous=True, timeout=seconds)
+                loading.bring_in(client, each, server=server, call_seconds=seconds, ready_seconds=seconds)
 
 
 def _golden(places: Places, record: ArchiveRecord) -> tuple[golden.Golden, ...]:
