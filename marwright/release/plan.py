@@ -13,6 +13,8 @@ from marwright.release import gate
 from marwright.release.policy import Policy
 from marwright.release.shadow import Holdout
 
+OTHERS = "and, when it is settled, the same for every other version that is loaded"
+
 
 @dataclass(frozen=True)
 class Planned:
@@ -24,7 +26,10 @@ class Planned:
 
 
 def calls(record: ArchiveRecord, champion: str | None, limits: Policy, holdout: Holdout | None) -> list[Planned]:
-    """In order; calls that a phase repeats are listed once, with how often."""
+    """In order; calls that a phase repeats are listed once, with how often. A version that answers is only proved.
+
+    The server is not asked: what else it holds of the model, and would lose, is in the last note.
+    """
     model, version = record.model, record.version
     default, pinned = f"/predictions/{model}", f"/predictions/{model}/{version}"
     describe = [f"GET /models/{model}", f"GET /models/{model}/{version}"]
@@ -36,6 +41,10 @@ def calls(record: ArchiveRecord, champion: str | None, limits: Policy, holdout: 
         plan.extend(Planned(phase, call, note if call == made[-1] else "") for call in made)
 
     add("begin", *everything, note=f"{champion or 'nothing'} must answer, as the journal says")
+    if champion == version:
+        proof = [f"GET /models/{model}", f"POST {default}", f"gRPC Predictions {model}"]
+        add("proved", *proof, note=f"{golden}; it answers already")
+        return plan
     add("verified", f"load {record.file} in a clean process", note=f"sha256 and {golden}")
     add("registered", *describe, f"gRPC RegisterModel {record.file}", note=f"{record.workers} workers")
     add("ready", *describe, note=f"until {record.workers} READY, at most {limits.ready.seconds:g} s")
@@ -62,5 +71,5 @@ def calls(record: ArchiveRecord, champion: str | None, limits: Policy, holdout: 
         if limits.settle.warm_seconds:
             add("later", *drained, note=f"after {limits.settle.warm_seconds:g} s, by `marwright reconcile`")
         last = "later" if limits.settle.warm_seconds else "settled"
-        add(last, f"gRPC UnregisterModel {model} {champion}")
+        add(last, f"gRPC UnregisterModel {model} {champion}", note=OTHERS)
     return plan
