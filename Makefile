@@ -18,7 +18,7 @@ version_option = $(if $(VERSION),--version $(VERSION))
 model_option = $(if $(filter command line environment,$(origin MODEL) $(origin RECIPE)),--model '$(MODEL)')
 policy_option = $(if $(POLICY),--policy '$(POLICY)')
 
-.PHONY: help setup serve stop status predict token train export archive rollout rollback releases reconcile release retrain loadtest test lint bench clean
+.PHONY: help setup serve stop status predict token train export archive rollout rollback releases reconcile release retrain loadtest test sweep lint bench clean
 
 help: ## print this
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -85,6 +85,9 @@ loadtest: $(STAMP) ## open-loop load, every answer checked: make loadtest RATE=2
 test: $(STAMP) ## ruff, mypy and the whole test suite, the real server included
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 	@$(BIN)/pytest $(PYTEST_ARGS)
+
+sweep: $(STAMP) ## kill the tool at every point of a rollout and a rollback, and resume it (half an hour)
+	@$(BIN)/python -m tests.sweep
 
 lint: $(STAMP) ## ruff and mypy alone
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
