@@ -292,7 +292,7 @@ def _settled(state: State, rig: Rig) -> dict[str, Any]:
     for version in others:
         if version == state.champion and state.kind == "rollout" and policy.warm_seconds > 0:
             rig.progress(f"{version} is drained and stays warm for {policy.warm_seconds:g} s")
-            facts = {"warm": version, "warm_until": time.time() + policy.warm_seconds}
+            facts |= {"warm": version, "warm_until": time.time() + policy.warm_seconds}
         else:
             rig.progress(f"retiring {version}")
         left = _out(state, rig, version, warm=facts.get("warm") == version)
