@@ -23,7 +23,8 @@ policy_option = $(if $(POLICY),--policy '$(POLICY)')
 help: ## print this
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo
-	@echo "  variables: RECIPE=digits DATA=folder-or-zip EPOCHS= SEED= FORMAT=onnx|eager VERSION= IMAGE= GRPC=1"
+	@echo "  variables: RECIPE=digits DATA=folder-or-zip EPOCHS= SEED= FORMAT=onnx|eager VERSION= MODEL= IMAGE= GRPC=1"
+	@echo "             POLICY=file.toml DRY_RUN=1 RESUME=1 WAIT=1 NEW=folder-or-zip EVERY=1h RATE= SECONDS= GRPC_SHARE="
 
 setup: $(STAMP) ## make the virtual environment (the other targets do it themselves)
 

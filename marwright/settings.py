@@ -163,10 +163,13 @@ class RolloutSettings(Places):
 
 @dataclass(frozen=True, kw_only=True)
 class RollbackSettings(Places):
-    """Return to the last settled version: at once while it is warm, else by registering it again."""
+    """Return to the last settled version: at once while it is warm, else by registering it again.
+
+    A rollout that was interrupted is sent back instead.
+    """
 
     model: str | None = None
-    """Name of the model; the only one released when not given."""
+    """Name of the model; the only one built when not given."""
     policy: Path | None = None
     """TOML file with the limits; policies/<model>.toml or policies/default.toml when not given."""
     why: str = "by hand"

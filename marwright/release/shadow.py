@@ -24,6 +24,7 @@ from marwright.errors import DataError, MarwrightError
 from marwright.packing.golden import Golden
 from marwright.release import loading
 from marwright.release.client import Client
+from marwright.release.loadtest import bodies
 
 ALIKE = 0.1
 """A regressor's two values agree when they are within this share of the champion's."""
@@ -143,14 +144,8 @@ def from_golden(examples: Sequence[Golden]) -> list[Sample]:
 
 
 def from_folder(folder: Path) -> list[Sample]:
-    """Every file of a folder is one request body; DataError where there is none."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
-    if not paths:
-        raise DataError(f"no request bodies in {folder}", hint="one file for each request: pictures, .npy or .json")
-    return [
-        Sample(path.read_bytes(), "application/json" if path.suffix == ".json" else "application/octet-stream")
-        for path in paths
-    ]
+    """Every file of a folder but hidden ones is one request body; DataError where there is none."""
+    return [Sample(each.data, each.content_type) for each in bodies.folder(folder)]
 
 
 def _ask(client: Client, model: str, side: Side, sample: Sample) -> None:

@@ -62,6 +62,8 @@ def holder(store: Path, model: str) -> str:
             return f"{said['what']}, process {said['pid']}, since {said['since']}"
         except (OSError, ValueError, KeyError):
             return "a process that has left no note"
+    except OSError:  # a store that cannot be written: nobody changes anything there
+        return ""
     probe.release()
     return ""
 

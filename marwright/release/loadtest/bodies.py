@@ -46,5 +46,5 @@ def folder(path: Path) -> tuple[Body, ...]:
         if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path).parts)
     ]
     if not found:
-        raise DataError(f"there are no files in {path}", hint="--images takes a folder of pictures (or .json, .npy)")
+        raise DataError(f"there are no files in {path}", hint="one file for each request: pictures, .npy or .json")
     return tuple(found)
