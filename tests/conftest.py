@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,6 +12,10 @@ import torch
 from tests import archives as built_archives
 from tests import zoo as menagerie
 from tests.handlers import archives
+
+
+# In the background of a script a process ignores Ctrl-C, and so does what it starts: tests send Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -106,7 +106,7 @@ CASES = (
     Case(
         "hangs",
         "shadowed",
-        r"errors: 1 of \d+ requests that 1\.\d answered, limit 0; the first: .*no answer within 10 s",
+        r"errors: 1 of \d+ requests that 1\.\d answered, limit 0; the first: .*no answer within 5 s",
         bug=broken.HANGS,
     ),
     Case(
