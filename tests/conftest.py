@@ -13,7 +13,6 @@ from tests import archives as built_archives
 from tests import zoo as menagerie
 from tests.handlers import archives
 
-
 # In the background of a script a process ignores Ctrl-C, and so does what it starts: tests send Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
