@@ -336,8 +336,13 @@ class Server:
         failed = any(f"Load model failed: {model}," in line for line in marks[1].lines())
         if not (words.gave_up or failed or len(dead) > 1):
             return
-        time.sleep(0.3)  # let it finish its sentence
-        words = said()
+        until = time.monotonic() + 3.0
+        while True:  # let it finish its sentence, also on a busy machine
+            before = words.last
+            time.sleep(0.3)
+            words = said()
+            if (words.cause and words.last == before) or time.monotonic() > until:
+                break
         raise NotReady(
             f"a worker of {model} {wanted.version} cannot start",
             last_words=words.last,
