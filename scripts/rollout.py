@@ -22,10 +22,11 @@ from marwright import cli, files
 from marwright.errors import ArchiveError, DataError, MarwrightError, RolledBack, ServerUnreachable, SettingsError
 from marwright.packing import golden, records
 from marwright.packing.records import ArchiveRecord
-from marwright.release import journal, plan, policy, proof, retiring, rollout, shadow, turns, verdicts
+from marwright.release import journal, plan, policy, proof, reconcile, rollout, shadow, turns, verdicts
 from marwright.release.journal import Journal
 from marwright.release.phases import Kind, Rig, State
 from marwright.release.policy import Policy
+from marwright.release.reconcile import Difference
 from marwright.release.server import Server
 from marwright.release.shadow import Holdout, Sample
 from marwright.runs import Run
@@ -232,27 +233,18 @@ def _ended(settings: RolloutSettings, state: State, made: Rig) -> Outcome:
     _show_verdict(settings, made.book, state)
     warm = state.facts.get("warm_until")
     if settings.wait and warm is not None:
-        _retire_when_due(made, limits=made.policy)
+        _retire_when_due(made)
         warm = None
     return Outcome(state.model, state.version, state.ended, state.champion, warm)
 
 
-def _retire_when_due(made: Rig, *, limits: Policy) -> None:
+def _retire_when_due(made: Rig) -> None:
     """Stay until what is kept warm is retired."""
     for version, until in rollout.due(made.book, made.model).items():
         made.progress(f"{version} is kept warm until {time.strftime('%H:%M:%S', time.localtime(until))}")
         time.sleep(max(0.0, until - time.time()))
-        left = retiring.retire(
-            made.client,
-            made.book,
-            made.model,
-            version,
-            made.probe(version),
-            why="its time as the warm version is over",
-            idle=limits.settle.idle_seconds,
-            seconds=limits.settle.drain_seconds,
-        )
-        made.progress(f"{version} is kept: {left}" if left else f"{version} is retired")
+        over = Difference(made.model, version, "retire", "its time as the warm version is over")
+        made.progress(reconcile.mend(over, made.server, made.client, made.book, made.policy))
 
 
 def _with_examples(settings: RolloutSettings, made: Rig) -> Rig:
