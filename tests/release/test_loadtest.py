@@ -704,7 +704,7 @@ def test_a_switch_under_load_loses_nothing_and_the_report_shows_it(home: torchse
     found = json.loads(told)
     assert found["not_allowed"] == 0
     labels = [label for _, label in found["switches"]]
-        assert [label for label in labels if not label.startswith("switching")] == ["released 1.1", "back to 1.0"]
+    assert [label for label in labels if not label.startswith("switching")] == ["released 1.1", "back to 1.0"]
     assert sum(one["default"] + one["pinned"] for one in found["versions"]) == len(read)
     assert html_path.read_text().startswith("<!doctype html>")
     code, told, _ = said(home, "loadreport", str(out))
