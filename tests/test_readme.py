@@ -69,7 +69,6 @@ def test_every_command_of_the_readme_works() -> None:
         assert "digits 1.0 is loaded" in said["make reconcile"] or "journal" in said["make reconcile"]
         assert "digits 1.2" in said["make retrain NEW=labelled"]
         assert "Longest pause between two answers" in said["make loadtest MODEL=digits RATE=50 SECONDS=5"]
-        assert "1.0 answers now (was 1.1)" in said["make release VERSION=1.0"]
         assert "images" in said["make serve RECIPE=images DATA=pictures.zip"]
 
 

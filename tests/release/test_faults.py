@@ -83,7 +83,10 @@ def default(stage: Stage) -> str | None:
 def test_killed_anywhere_it_is_resumed_to_an_end(stage: Stage, scenario: sweep.Scenario, point: str) -> None:
     with Trickle(stage) as trickle:
         end = sweep.killed(stage, scenario, point)
-    assert end == ("rolled back" if scenario.status else "settled")
+    ends = ["rolled back"] if scenario.status else ["settled"]
+    if ": amid " in point:  # the call may be over, and the last entry written, before the kill comes
+        ends.append("settled before")
+    assert end in ends
     assert trickle.asked
     assert trickle.lost() == []
     assert trickle.wrong() == []
