@@ -18,7 +18,7 @@ version_option = $(if $(VERSION),--version $(VERSION))
 model_option = $(if $(filter command line environment,$(origin MODEL) $(origin RECIPE)),--model '$(MODEL)')
 policy_option = $(if $(POLICY),--policy '$(POLICY)')
 
-.PHONY: help setup serve stop status predict token train export archive rollout rollback releases reconcile release retrain loadtest test sweep lint bench clean
+.PHONY: help setup serve stop status watch predict explain exporter token train export archive rollout rollback releases reconcile release retrain loadtest test sweep lint bench clean
 
 help: ## print this
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -48,6 +48,16 @@ status: $(STAMP) ## what is built, what is released, what answers
 predict: $(STAMP) ## ask the running server: make predict IMAGE=cat.png [GRPC=1] [MODEL=cifar10]
 	@$(if $(IMAGE),,echo "error: which picture? make predict IMAGE=cat.png"; exit 2;) \
 	$(BIN)/marwright predict '$(IMAGE)' $(model_option) $(if $(GRPC),--grpc) $(if $(TOP_K),--top-k $(TOP_K)) $(version_option)
+
+explain: $(STAMP) ## why it answers so, as explained.html: make explain IMAGE=cat.png [OUT=cat.html] [MODEL=cifar10] [METHOD=occlusion]
+	@$(if $(IMAGE),,echo "error: which picture? make explain IMAGE=cat.png"; exit 2;) \
+	$(BIN)/marwright explain '$(IMAGE)' $(model_option) $(if $(GRPC),--grpc) $(version_option) $(if $(OUT),--out '$(OUT)') $(if $(METHOD),--method $(METHOD)) $(if $(TARGET),--target '$(TARGET)')
+
+watch: $(STAMP) ## live view of versions, workers, rates, latencies, and the rollout that runs; Ctrl-C ends it
+	@$(BIN)/marwright watch $(model_option)
+
+exporter: $(STAMP) ## for Prometheus (deploy/prometheus.yml): what the journal says beside what the server does
+	@$(BIN)/marwright exporter
 
 token: $(STAMP) ## print a valid inference token (KIND=management for the other)
 	@$(BIN)/marwright token $(KIND)

@@ -131,6 +131,48 @@ class PredictSettings(Places):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExplainSettings(Places):
+    """Ask the running server why: its answer, and maps of what decided it, side by side in one page."""
+
+    input: Positional[Path]
+    """A picture, an .npy or .json file."""
+    out: Path = Path("explained.html")
+    """The self-contained page."""
+    model: str | None = None
+    """Name of the model; the only one served when not given."""
+    version: str | None = None
+    """Pin a version; the default one answers otherwise."""
+    method: tuple[str, ...] = ()
+    """integrated-gradients, saliency, occlusion, grad-cam, smooth-grad; all that the model offers when not given."""
+    target: str | None = None
+    """Class to explain, by its label or index; the best one when not given."""
+    baseline: str | None = None
+    """What counts as nothing: black, mean, blur for pictures, mean or zero for rows; the method's own when not given."""
+    grpc: bool = False
+    """Over gRPC instead of REST."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WatchSettings(Places):
+    """Live view: models, versions, workers, rates, latencies, and the rollout that runs."""
+
+    every: float = 1.0
+    """Seconds between two looks."""
+    looks: int | None = None
+    """End after so many; at Ctrl-C when not given."""
+    model: str | None = None
+    """Only this one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExporterSettings(Places):
+    """For Prometheus, until Ctrl-C: what the journal says should answer, beside what the server does."""
+
+    port: int = 8083
+    """On loopback; 0 takes a free one and prints it."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TokenSettings(Places):
     """Print a token that is valid now, renewed if need be: `curl -H "Authorization: Bearer $(marwright token)"`."""
 
