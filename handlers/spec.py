@@ -78,10 +78,16 @@ class Limits:
     """Pixels of one image before resizing, read from its header before any of it is decoded."""
     max_instances: int = 256
     """Instances in one request."""
+    explain_seconds: float = 2.0
+    """Seconds that one explanation may take, and all those of one batch together: neighbours wait for them."""
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            _check(isinstance(value, int) and value > 0, f"limits.{name}", value, "a positive whole number")
+            if name == "explain_seconds":
+                real = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+                _check(real and value > 0, f"limits.{name}", value, "a positive number of seconds")
+            else:
+                _check(isinstance(value, int) and value > 0, f"limits.{name}", value, "a positive whole number")
 
 
 @dataclass(frozen=True)
@@ -104,6 +110,9 @@ class ModelSpec:
     """How the artifact is stored: a key of `handlers.runtime.LOADERS`; empty until exported."""
     artifact: str = ""
     """The artifact's file name beside `spec.json`; empty until exported."""
+    twin: str = ""
+    """File name of the net's state_dict, which explanations differentiate: the artifact itself where that is eager, a
+    file beside it where it is compiled; empty means that none are offered."""
     run: str = ""
     """Id of the training run: the digest of recipe, data and code."""
     data_digest: str = ""
@@ -127,11 +136,13 @@ class ModelSpec:
         _check(isinstance(self.top_k, int) and self.top_k >= 1, "top_k", self.top_k, "1 or more")
         for name, value in self.metrics.items():
             _check(isinstance(value, int | float) and math.isfinite(value), f"metrics.{name}", value, "a finite number")
-        _check("/" not in self.artifact, "artifact", self.artifact, "a bare file name")
+        for name in ("artifact", "twin"):
+            value = getattr(self, name)
+            _check(isinstance(value, str) and "/" not in value, name, value, "a bare file name")
 
-    def exported(self, format: str, artifact: str) -> ModelSpec:
-        """The same model as an artifact."""
-        return replace(self, format=format, artifact=artifact)
+    def exported(self, format: str, artifact: str, twin: str = "") -> ModelSpec:
+        """The same model as an artifact, with the twin that explains it where one is packed."""
+        return replace(self, format=format, artifact=artifact, twin=twin)
 
     def to_json(self) -> str:
         """Same spec, same bytes: sorted keys, two spaces, one final newline."""

@@ -23,7 +23,8 @@ NUMBERS = st.floats(allow_nan=False, allow_infinity=False)
 def test_a_spec_survives_its_json(classes: list[str], metrics: dict[str, float], size: int) -> None:
     spec = ModelSpec(
         task="classification", net="lenet", net_args={"a": [1, 2.5, "x"]}, input=ImageInput(3, size, 7, "crop"),
-        classes=tuple(classes), metrics=metrics, limits=Limits(max_bytes=size), top_k=size,
+        classes=tuple(classes), metrics=metrics, limits=Limits(max_bytes=size, explain_seconds=size / 8), top_k=size,
+        twin="twin.pt",
     )  # fmt: skip
     assert ModelSpec.from_json(spec.to_json()) == spec
     assert ModelSpec.from_json(spec.to_json()).to_json() == spec.to_json()
@@ -47,6 +48,7 @@ def test_a_regressors_spec_survives_too() -> None:
         ({"input": VectorInput(("a",))}, "input"),
         ({"top_k": 0}, "top_k"),
         ({"artifact": "../weights.pt"}, "artifact"),
+        ({"twin": "/tmp/twin.pt"}, "twin"),
         ({"metrics": {"accuracy": float("nan")}}, "metrics.accuracy"),
     ],
 )
@@ -65,6 +67,9 @@ def test_an_impossible_spec_names_its_field(changes: dict[str, Any], field: str)
         (lambda: VectorInput(()), "input.features"),
         (lambda: VectorInput(("a", "a")), "input.features"),
         (lambda: Limits(max_pixels=0), "limits.max_pixels"),
+        (lambda: Limits(explain_seconds=0.0), "limits.explain_seconds"),
+        (lambda: Limits(explain_seconds=float("inf")), "limits.explain_seconds"),
+        (lambda: Limits(explain_seconds=True), "limits.explain_seconds"),
     ],
 )
 def test_an_impossible_input_names_its_field(make: Any, field: str) -> None:
