@@ -27,7 +27,8 @@ def main(settings: ArchiveSettings) -> int:
     if not built:
         print(f"unchanged: {record.file}")
     else:
-        print(f"built {settings.store / record.file} ({record.size / 1000:.0f} kB, sha256 {record.sha256[:12]})")
+        twin = f", {record.twin_size / 1000:.0f} kB of it for explanations" if record.twin_size else ""
+        print(f"built {settings.store / record.file} ({record.size / 1000:.0f} kB{twin}, sha256 {record.sha256[:12]})")
     if standing.sentence:
         print(standing.sentence)
     return 0

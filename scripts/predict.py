@@ -18,13 +18,14 @@ def main(settings: PredictSettings) -> int:
     body = _read(settings.input)
     with live.client(settings) as client:
         model = settings.model or live.only_model(client)
-        if settings.grpc:
-            fields = {"data": body} | ({"top_k": str(settings.top_k).encode()} if settings.top_k is not None else {})
-            answer = client.predict_grpc(model, fields, version=settings.version)
-        else:
-            headers = {"X-Top-K": str(settings.top_k)} if settings.top_k is not None else {}
-            kind = "application/json" if settings.input.suffix == ".json" else "application/octet-stream"
-            answer = client.predict(model, body, version=settings.version, headers=headers, content_type=kind)
+        answer = client.ask(
+            model,
+            body,
+            grpc=settings.grpc,
+            controls={} if settings.top_k is None else {"top_k": str(settings.top_k)},
+            version=settings.version,
+            content_type="application/json" if settings.input.suffix == ".json" else None,
+        )
     value = answer.json()
     who = {"model": answer.model, "version": answer.version, "bundle": answer.bundle}
     if settings.json:

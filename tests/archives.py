@@ -34,13 +34,15 @@ class Built:
 
 def train(name: str, folder: Path, **overrides: object) -> Run:
     """A quick run of one of the project's recipes."""
-    chosen = recipe.load(name, recipes_dir=ROOT / "recipes", overrides={"epochs": 2, **overrides})
+    # No twin unless asked for: a worker that can explain takes longer to start.
+    given = {"epochs": 2, "serving.explain": False, **overrides}
+    chosen = recipe.load(name, recipes_dir=ROOT / "recipes", overrides=given)
     examples = data.load(chosen, cache=folder / "cache", progress=False)
     return training.train(chosen, examples, folder / "runs", progress=False)
 
 
 def build(run: Run, store: Path, format: str = "onnx", version: str | None = None, **serving: object) -> Built:
-    """An archive of a run; `serving` overrides the recipe's serving section."""
+    """An archive of a run; `serving` overrides the recipe's serving section (`explain=True` packs the twin)."""
     chosen = Recipe.model_validate(run.recipe)
     chosen = chosen.model_copy(update={"serving": chosen.serving.model_copy(update=serving)})
     record, _ = archive.write(run, exporting.export(run, format), chosen, store, version=version)

@@ -174,6 +174,8 @@ class LimitsChoice(Table):
     max_bytes: Count = Limits.max_bytes
     max_pixels: Count = Limits.max_pixels
     max_instances: Count = Limits.max_instances
+    explain_seconds: Positive = Limits.explain_seconds
+    """What one explanation may take, and all of one batch together."""
 
 
 class Serving(Table):
@@ -189,4 +191,6 @@ class Serving(Table):
     response_timeout: Annotated[int, Field(ge=1, le=3600)] = 30
     startup_timeout: Annotated[int, Field(ge=1, le=3600)] = 120
     top_k: Annotated[int, Field(ge=1, le=10_000)] = 5
+    explain: bool = False
+    """Pack the eager net beside a compiled artifact, so that a worker can say why it answers so."""
     limits: LimitsChoice = LimitsChoice()

@@ -125,6 +125,8 @@ def problems(recipe: Recipe) -> list[str]:
         found.append(f"net.args is {dict(recipe.net.args)}; allowed with a torchvision net: nothing")
     if recipe.serving.format == "eager":
         found.append("serving.format is 'eager'; allowed with a torchvision net: 'onnx' (a worker has no torchvision)")
+    if recipe.serving.explain:
+        found.append("serving.explain is true; allowed with a torchvision net: false (a worker has no torchvision)")
     return found
 
 

@@ -26,7 +26,7 @@ from marwright import files
 from marwright.errors import ArchiveExists, ArchiveInvalid
 from marwright.learning.recipe import Recipe
 from marwright.learning.tables import Serving
-from marwright.packing import container, golden, records, replay
+from marwright.packing import container, exporting, golden, records, replay
 from marwright.packing.container import Content
 from marwright.packing.exporting import Artifact
 from marwright.packing.records import ArchiveRecord
@@ -34,6 +34,8 @@ from marwright.runs import Run
 
 MANIFEST = "MAR-INF/MANIFEST.json"
 DIGESTS = "MAR-INF/digests.json"
+TWIN = "twin.pt"
+"""The eager net beside a compiled artifact: what explanations are computed on."""
 HANDLERS = {"classification": "handlers.image_classifier", "regression": "handlers.vector_regressor"}
 
 
@@ -53,8 +55,9 @@ def write(
     Raises ArchiveExists where `version` is taken by something else, ArchiveInvalid where it does not load.
     """
     model = recipe.name
-    artifact = replace(artifact, spec=replace(artifact.spec, top_k=recipe.serving.top_k, limits=recipe.limits))
-    body = members(run, artifact, recipe.serving)
+    twin = exporting.twin(run, artifact) if recipe.serving.explain else None
+    spec = replace(artifact.spec, top_k=recipe.serving.top_k, limits=recipe.limits, twin=_twin_name(artifact, twin))
+    body = members(run, replace(artifact, spec=spec), recipe.serving, twin)
     content = _content_digest(_digests(body))
     store.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(store / ".archive.lock"):  # two builds at a time must not choose one number
@@ -64,7 +67,7 @@ def write(
             return same[-1], False
         # Where only the file was lost, the same content makes the same bytes again.
         number = same[-1].version if same else _free_number(store, model, version, used)
-        body[MANIFEST] = _manifest(model, number, artifact.spec)
+        body[MANIFEST] = _manifest(model, number, spec)
         digests = (json.dumps(_digests(body), indent=2, sort_keys=True) + "\n").encode()
         body[DIGESTS] = digests
         file = f"{model}-{number}.mar"
@@ -80,9 +83,10 @@ def write(
                 bundle=hashlib.sha256(digests).hexdigest()[:16],
                 content=content,
                 run=run.id,
-                format=artifact.spec.format,
+                format=spec.format,
                 workers=recipe.serving.workers,
-                metrics=dict(artifact.spec.metrics),
+                metrics=dict(spec.metrics),
+                twin_size=twin.path.stat().st_size if twin and TWIN in body else 0,
             )
             if same and record.sha256 != same[-1].sha256:
                 raise ArchiveInvalid(
@@ -104,12 +108,14 @@ def _free_number(store: Path, model: str, version: str | None, used: Collection[
     return number
 
 
-def members(run: Run, artifact: Artifact, serving: Serving) -> dict[str, Content]:
+def members(run: Run, artifact: Artifact, serving: Serving, twin: Artifact | None = None) -> dict[str, Content]:
     """Everything but MAR-INF, by its path in the archive."""
     package = Path(str(handlers.__file__)).parent
     found: dict[str, Content] = {f"handlers/{path.name}": path for path in sorted(package.glob("*.py"))}
     found["spec.json"] = artifact.spec.to_json().encode()
     found[artifact.spec.artifact] = artifact.path
+    if twin is not None and artifact.spec.twin == TWIN:
+        found[TWIN] = twin.path
     found["model-config.yaml"] = model_config(serving)
     found |= golden.members(run, artifact.spec)
     return found
@@ -127,6 +133,13 @@ def model_config(serving: Serving) -> bytes:
         "handler": {"threads": serving.threads},
     }
     return yaml.safe_dump(document, sort_keys=False).encode()
+
+
+def _twin_name(artifact: Artifact, twin: Artifact | None) -> str:
+    """An eager artifact is its own twin."""
+    if twin is None:
+        return ""
+    return artifact.spec.artifact if twin.path == artifact.path else TWIN
 
 
 def _manifest(model: str, version: str, spec: ModelSpec) -> bytes:

@@ -85,6 +85,19 @@ def export(run: Run, format: str) -> Artifact:
     return _read(folder)
 
 
+def twin(run: Run, artifact: Artifact) -> Artifact:
+    """The eager net of the run that `artifact` came from, for explanations: it passed the same parity check, so what
+    is explained is what answers. ExportError where a worker could not load it."""
+    if artifact.spec.format == "eager":
+        return artifact
+    if ":" in run.spec.net:
+        raise ExportError(
+            f"net {run.spec.net!r} exists at training time only, so a worker cannot explain its answers",
+            hint="explain = false under [serving] in the recipe",
+        )
+    return export(run, "eager")
+
+
 def _maker() -> dict[str, str]:
     """What an artifact depends on beside its run: this file, and the packages that write and run it."""
     packages = ("torch", "onnx", "onnxscript", "onnxruntime")

@@ -37,6 +37,8 @@ class ArchiveRecord:
     format: str
     workers: int
     metrics: Mapping[str, float]
+    twin_size: int = 0
+    """Bytes of `size` that are there for explanations alone."""
 
 
 def records(store: Path, model: str | None = None) -> list[ArchiveRecord]:

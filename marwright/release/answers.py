@@ -27,6 +27,8 @@ class Answer:
     request_id: str = ""
     worker: int = 0
     """Process id of the worker that answered; a drain wants an answer from each."""
+    content_type: str = "application/json"
+    """Of `body`: explanations may also be image/png or application/octet-stream (`.npy`)."""
 
     @classmethod
     def from_headers(cls, body: bytes, status: int, headers: Mapping[str, str]) -> Answer:
@@ -39,6 +41,7 @@ class Answer:
             bundle=headers.get("X-Bundle-Digest", ""),
             request_id=headers.get("x-request-id", ""),
             worker=int(headers.get("X-Worker-Pid", "0")),
+            content_type=headers.get("Content-Type", "application/json"),
         )
 
     @classmethod
@@ -173,7 +176,9 @@ def _hint(status: int, kind: str, key_file: str) -> str:
         409: "that version is registered already; `make status`, or unregister it first",
         413: "send less, or raise max_request_size in config.properties and restart the server",
         415: "send an image, JSON or .npy that the model's spec allows",
+        429: "other explanations were asked for at the same time: try again, or for fewer steps",
         500: "the workers' own words are in logs/model_log.log",
+        501: "explain = true under [serving] in the recipe, then `make archive` and `make rollout`",
         503: "the queue is full or no worker is ready: `make status`; then send more slowly, or scale up",
         507: "out of memory: fewer workers or a smaller batch; logs/model_log.log has the worker's own words",
     }

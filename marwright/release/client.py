@@ -3,6 +3,7 @@
     with Client(config, Tokens(Path("key_file.json"), config)) as client:
         answer = client.predict("digits", image_bytes)
         answer.json(), answer.version, answer.bundle
+        client.ask("digits", image_bytes, explain=True, controls={"method": "saliency"}, grpc=True)
 
 Every call has a timeout, carries the right token and is made once more when the token had just been renewed by
 somebody else. Every refusal is a `ServerRefused` with TorchServe's own words and what to do about it; nobody answering
@@ -14,7 +15,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Self
+from typing import Any, Self, TypedDict, Unpack
 from urllib.parse import quote
 
 from marwright.errors import SettingsError
@@ -28,6 +29,34 @@ from marwright.release.tokens import Kind, Tokens
 
 Fields = Mapping[str, bytes | str]
 Body = bytes | Mapping[str, Any] | Sequence[Any]
+
+CONTROLS = {
+    "top_k": "X-Top-K",
+    "method": "X-Explain-Method",
+    "target": "X-Explain-Target",
+    "baseline": "X-Explain-Baseline",
+    "steps": "X-Explain-Steps",
+    "format": "X-Explain-Format",
+}
+"""What a request may ask beside its input: name of the field (gRPC, multipart, JSON) → name of the header (REST)."""
+
+
+class Rest(TypedDict, total=False):
+    """What may go with a body over REST; with `fields` it is sent as multipart, and the body stays away."""
+
+    fields: Fields | None
+    version: str | None
+    headers: Mapping[str, str] | None
+    content_type: str | None
+    timeout: float | None
+
+
+class Grpc(TypedDict, total=False):
+    """What may go with fields over gRPC; without `meta` the handler's bare answer comes back."""
+
+    version: str | None
+    meta: bool
+    timeout: float | None
 
 
 class Client:
@@ -68,44 +97,51 @@ class Client:
 
     # ---------------------------------------------------------------- inference
 
-    def predict(
+    def ask(
         self,
         model: str,
-        body: Body = b"",
+        body: bytes,
         *,
-        fields: Fields | None = None,
+        explain: bool = False,
+        grpc: bool = False,
+        controls: Mapping[str, str] | None = None,
         version: str | None = None,
-        headers: Mapping[str, str] | None = None,
         content_type: str | None = None,
         timeout: float | None = None,
     ) -> Answer:
-        """One prediction over REST: of raw bytes, of a value sent as JSON, or of `fields` sent as multipart."""
-        return self._infer(_path("predictions", model, version), body, fields, headers, content_type, timeout)
+        """One body over REST or gRPC, to the same answer. `controls` (names: `CONTROLS`) travel as headers or fields.
 
-    def explain(
-        self,
-        model: str,
-        body: Body = b"",
-        *,
-        fields: Fields | None = None,
-        version: str | None = None,
-        headers: Mapping[str, str] | None = None,
-        content_type: str | None = None,
-        timeout: float | None = None,
-    ) -> Answer:
-        """As `predict`, with the handler asked to explain."""
-        return self._infer(_path("explanations", model, version), body, fields, headers, content_type, timeout)
+        `content_type` is for REST; over gRPC the handler looks at the body.
+        """
+        wanted = controls or {}
+        fields: dict[str, bytes | str] = {"data": body, **wanted}
+        if grpc:
+            call = self.explain_grpc if explain else self.predict_grpc
+            return call(model, fields, version=version, timeout=timeout)
+        post = self.explain if explain else self.predict
+        if not all(value.isascii() and value.isprintable() for value in wanted.values()):  # a label no header can hold
+            return post(model, fields=fields, version=version, timeout=timeout)
+        headers = {CONTROLS[name]: value for name, value in wanted.items()}
+        return post(model, body, version=version, headers=headers, content_type=content_type, timeout=timeout)
+
+    def predict(self, model: str, body: Body = b"", **how: Unpack[Rest]) -> Answer:
+        """One prediction over REST: of raw bytes, of a value sent as JSON, or of `fields` sent as multipart."""
+        return self._infer(_path("predictions", model, how.get("version")), body, how)
+
+    def explain(self, model: str, body: Body = b"", **how: Unpack[Rest]) -> Answer:
+        """As `predict`, with the handler asked to explain: JSON, a PNG or an `.npy`, as the answer's content type."""
+        return self._infer(_path("explanations", model, how.get("version")), body, how)
 
     def predict_kserve_v1(self, model: str, body: Mapping[str, Any], *, timeout: float | None = None) -> Answer:
         """`{"instances": […]}` to the default version: this URL cannot name another."""
-        return self._infer(f"/v1/models/{_name(model)}:predict", body, None, None, None, timeout)
+        return self._infer(f"/v1/models/{_name(model)}:predict", body, {"timeout": timeout})
 
     def explain_kserve_v1(self, model: str, body: Mapping[str, Any], *, timeout: float | None = None) -> Answer:
-        return self._infer(f"/v1/models/{_name(model)}:explain", body, None, None, None, timeout)
+        return self._infer(f"/v1/models/{_name(model)}:explain", body, {"timeout": timeout})
 
     def predict_kserve_v2(self, model: str, body: Mapping[str, Any], *, timeout: float | None = None) -> Answer:
         """`{"inputs": […]}` to the default version: this URL cannot name another."""
-        return self._infer(f"/v2/models/{_name(model)}/infer", body, None, None, None, timeout)
+        return self._infer(f"/v2/models/{_name(model)}/infer", body, {"timeout": timeout})
 
     def ready_kserve_v1(self, model: str) -> bool:
         """KServe's own readiness. True as soon as a worker thread exists; `describe` knows better.
@@ -240,32 +276,21 @@ class Client:
 
     # ---------------------------------------------------------------- gRPC
 
-    def predict_grpc(
-        self,
-        model: str,
-        fields: Fields,
-        *,
-        version: str | None = None,
-        meta: bool = True,
-        timeout: float | None = None,
-    ) -> Answer:
+    def predict_grpc(self, model: str, fields: Fields, **how: Unpack[Grpc]) -> Answer:
         """One prediction over gRPC. With `meta`, our handlers wrap the answer: it tells as much as a REST one."""
-        request = _prediction(model, fields, version, meta)
-        body = self._api().predict(request, timeout=timeout or self.timeout)
+        body = self._api().predict(_prediction(model, fields, how), timeout=how.get("timeout") or self.timeout)
         return Answer.from_envelope(body, what=f"gRPC prediction of {model}")
 
-    def stream_grpc(
-        self,
-        model: str,
-        fields: Fields,
-        *,
-        version: str | None = None,
-        meta: bool = True,
-        timeout: float | None = None,
-    ) -> Iterator[Answer]:
+    def explain_grpc(self, model: str, fields: Fields, **how: Unpack[Grpc]) -> Answer:
+        """As `predict_grpc`, with the handler asked to explain: TorchServe has no such call, so by a field."""
+        body = self._api().predict(
+            _prediction(model, {**fields, "explain": "1"}, how), timeout=how.get("timeout") or self.timeout
+        )
+        return Answer.from_envelope(body, what=f"gRPC explanation of {model}")
+
+    def stream_grpc(self, model: str, fields: Fields, **how: Unpack[Grpc]) -> Iterator[Answer]:
         """The pieces of one answer. Only for handlers that set ts_stream_next: the worker of another dies of it."""
-        request = _prediction(model, fields, version, meta)
-        for body in self._api().stream(request, timeout=timeout or self.timeout):
+        for body in self._api().stream(_prediction(model, fields, how), timeout=how.get("timeout") or self.timeout):
             yield Answer.from_envelope(body, what=f"gRPC stream of {model}")
 
     def ping_grpc(self) -> str:
@@ -348,26 +373,21 @@ class Client:
             self._grpc = GrpcApi(self.config, self._tokens, patience=self._patience, told=self._told)
         return self._grpc
 
-    def _infer(
-        self,
-        path: str,
-        body: Body,
-        fields: Fields | None,
-        headers: Mapping[str, str] | None,
-        content_type: str | None,
-        timeout: float | None,
-    ) -> Answer:
-        sent = dict(headers or {})
+    def _infer(self, path: str, body: Body, how: Rest) -> Answer:
+        sent = dict(how.get("headers") or {})
         files = None
         data: bytes | None = None
-        if fields is not None:
+        if (fields := how.get("fields")) is not None:
             # without a file name TorchServe takes a field for text, and bytes would be mangled
             files = {name: (None if isinstance(value, str) else name, value) for name, value in fields.items()}
         else:
             data = bytes(body) if isinstance(body, bytes | bytearray) else json.dumps(body).encode()
             raw = isinstance(body, bytes | bytearray)
-            sent["Content-Type"] = content_type or ("application/octet-stream" if raw else "application/json")
-        response = self._rest.call("POST", "inference", path, headers=sent, data=data, files=files, timeout=timeout)
+            kind = "application/octet-stream" if raw else "application/json"
+            sent["Content-Type"] = how.get("content_type") or kind
+        response = self._rest.call(
+            "POST", "inference", path, headers=sent, data=data, files=files, timeout=how.get("timeout")
+        )
         return Answer.from_headers(response.content, response.status_code, response.headers)
 
     def _managed(self, method: str, path: str, parameters: Mapping[str, Any], timeout: float | None) -> str:
@@ -399,8 +419,8 @@ def _bare(file_name: str) -> str:
     return file_name
 
 
-def _prediction(model: str, fields: Fields, version: str | None, meta: bool) -> inference_pb2.PredictionsRequest:
+def _prediction(model: str, fields: Fields, how: Grpc) -> inference_pb2.PredictionsRequest:
     given = {name: value.encode() if isinstance(value, str) else value for name, value in fields.items()}
-    if meta:
+    if how.get("meta", True):
         given["meta"] = b"1"
-    return inference_pb2.PredictionsRequest(model_name=model, model_version=version or "", input=given)
+    return inference_pb2.PredictionsRequest(model_name=model, model_version=how.get("version") or "", input=given)
