@@ -242,8 +242,11 @@ class Journal:
 
 
 @contextlib.contextmanager
-def open(store: Path) -> Iterator[Journal]:
-    """The journal of a store; made where there is none. `RolloutError` where it cannot be read or written."""
+def open(store: Path, *, busy: float = BUSY_SECONDS) -> Iterator[Journal]:
+    """The journal of a store; made where there is none. `RolloutError` where it cannot be read or written.
+
+    Another process that holds it for itself is waited for, `busy` seconds.
+    """
     path = store / FILE
     with _told(path):
         store.mkdir(parents=True, exist_ok=True)
@@ -253,7 +256,7 @@ def open(store: Path) -> Iterator[Journal]:
                 f"the journal {path} would be on a network file system ({kind}), where SQLite's locks do not hold",
                 hint="keep model_store/ on a local disk: --store PATH",
             )
-        database = sqlite3.connect(path, timeout=BUSY_SECONDS)
+        database = sqlite3.connect(path, timeout=busy)
     with contextlib.closing(database):
         with _told(path), database:
             database.execute("pragma synchronous = full")
