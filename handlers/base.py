@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ from handlers import answers, images, instances, payloads, runtime
 from handlers.answers import Sheet
 from handlers.bundle import Bundle
 from handlers.errors import PHRASES, BadRequest, LoadError
+from handlers.metrics import Meters
 from handlers.payloads import Headers, Payload
 from handlers.settings import WorkerSettings
 from handlers.spec import ImageInput, ModelSpec, SpecError
@@ -43,11 +45,17 @@ class Request:
     """One request of a batch, and what has become of it."""
 
     headers: Headers = field(default_factory=Headers)
+    call: str = "predict"
+    """Or "explain", or "describe": what metrics count it as."""
     meta: bool = False
     payload: Payload | None = None
     rows: slice = field(default_factory=lambda: slice(0))
     """Its instances in the batch's array."""
     error: BadRequest | None = None
+    seconds: float = 0.0
+    """What parsing and decoding took."""
+    status: int = 0
+    """Of its answer; over gRPC too, which sends none."""
 
 
 @dataclass
@@ -78,9 +86,18 @@ class BatchHandler:
         """One body for each request, in order."""
         if not data:
             return []
-        batch = self.preprocess(data, context)
-        outputs = self.inference(batch)
-        return self.postprocess(batch, outputs, context)
+        begun = time.perf_counter()
+        try:
+            batch = self.preprocess(data, context)
+            ready = time.perf_counter()
+            outputs = self.inference(batch)
+            inferred = time.perf_counter()
+            bodies = self.postprocess(batch, outputs, context)
+        except Exception:
+            self.meters.lost(len(data))
+            raise
+        self.meters.batch(batch.requests, batch.array, outputs, inferred - ready, time.perf_counter() - begun)
+        return bodies
 
     def preprocess(self, data: Sequence[Any], context: Any) -> Batch:
         """Parse and decode each request by itself."""
@@ -89,10 +106,14 @@ class BatchHandler:
         for index, fields in enumerate(data):
             request = Request()
             requests.append(request)
+            begun = time.perf_counter()
             try:
                 request.headers = Headers.read(context.get_all_request_header(index) or {})
                 if request.headers.describe:
+                    request.call = "describe"
                     continue
+                if request.headers.explain:
+                    request.call = "explain"
                 if not isinstance(fields, Mapping):
                     raise BadRequest(400, "the request has no input; the field is `data`")
                 request.meta = not request.headers.http and payloads.flag(fields, "meta")
@@ -105,6 +126,8 @@ class BatchHandler:
             except Exception:
                 _log.exception("request %s failed before inference", context.get_request_id(index))
                 request.error = BadRequest(500, _OURS)
+            finally:
+                request.seconds = time.perf_counter() - begun
         return Batch(np.stack(arrays) if arrays else runtime.blank(self.spec, 0), requests)
 
     def inference(self, batch: Batch) -> dict[str, NDArray[Any]]:
@@ -152,6 +175,7 @@ class BatchHandler:
         }
 
     def _start(self, context: Any) -> None:
+        begun = time.perf_counter()
         properties = context.system_properties
         model_dir = Path(properties["model_dir"])
         self.bundle = Bundle.verify(model_dir)
@@ -175,6 +199,7 @@ class BatchHandler:
         )
         batch_size = max(1, int(properties.get("batch_size") or 1))
         self.chunk = max(_CHUNK, batch_size)
+        loaded = time.perf_counter()
         self.widths = runtime.warm_up(self.runtime, self.spec, {1, batch_size})
         self._identity = {
             "X-Model-Name": self.model,
@@ -182,6 +207,9 @@ class BatchHandler:
             "X-Bundle-Digest": self.bundle.digest,
             "X-Worker-Pid": str(os.getpid()),
         }
+        cache = context.metrics if self.settings.metrics else None
+        self.meters = Meters(cache, self.spec, model=self.model, version=self.version)
+        self.meters.begin(loaded - begun, time.perf_counter() - loaded)
 
     def _decode(self, payload: Payload) -> list[NDArray[Any]]:
         if payload.form == "stock":
@@ -210,6 +238,7 @@ class BatchHandler:
         except Exception:
             _log.exception("request %s failed after inference", context.get_request_id(index))
             error = BadRequest(500, _OURS)
+        request.status = 200 if error is None else error.status
         if error is not None:
             body = self._body(answers.refusal(error), error, index, request, context)
         if request.headers.http:

@@ -11,17 +11,29 @@ PHRASES = {
     413: "Payload Too Large",
     415: "Unsupported Media Type",
     422: "Unprocessable Content",
+    429: "Too Many Requests",
     500: "Internal Server Error",
     501: "Not Implemented",
 }
 """The status line's words. Fixed and ASCII: a line break here would kill the server's worker thread."""
+
+KINDS = {
+    400: "malformed",
+    413: "too_large",
+    415: "unsupported",
+    422: "unusable",
+    429: "too_busy",
+    500: "failed",
+    501: "not_offered",
+}
+"""What metrics call each of them."""
 
 
 class BadRequest(Exception):
     """One request that cannot be answered; `reason` is safe to show to whoever sent it.
 
     400 malformed · 413 over a limit · 415 not an image, or the wrong content type · 422 the right form with unusable
-    values · 500 our own fault · 501 not offered.
+    values · 429 too busy for it now · 500 our own fault · 501 not offered.
     """
 
     def __init__(self, status: int, reason: str) -> None:

@@ -47,6 +47,37 @@ class _Slot:
     response: dict[str, str] = field(default_factory=dict)
 
 
+class KnownMetrics:
+    """`context.metrics`, small: the counters that a metrics file declares, and what was added to each."""
+
+    def __init__(self, path: Path) -> None:
+        declared = yaml.safe_load(path.read_text(encoding="utf-8"))["model_metrics"].get("counter", [])
+        self._counters = {entry["name"]: KnownCounter(entry["name"], entry["dimensions"]) for entry in declared}
+
+    def get_metric(self, metric_name: str) -> KnownCounter:
+        return self._counters[metric_name]
+
+    @property
+    def sums(self) -> dict[tuple[str, ...], float]:
+        """By name and values of the labels."""
+        return {(name, *labels): value for name, one in self._counters.items() for labels, value in one.sums.items()}
+
+
+class KnownCounter:
+    """One counter. What TorchServe would not take is an error here."""
+
+    def __init__(self, name: str, dimension_names: list[str]) -> None:
+        self.metric_name, self.dimension_names = name, dimension_names
+        self.sums: dict[tuple[str, ...], float] = {}
+
+    def add_or_update(self, value: float, dimension_values: list[str]) -> None:
+        assert len(dimension_values) == len(self.dimension_names)
+        assert not any(set(text) & set(",|#:\r\n") or not text for text in dimension_values), dimension_values
+        assert value >= 0
+        key = tuple(dimension_values)
+        self.sums[key] = self.sums.get(key, 0) + value
+
+
 class FakeContext:
     """The part of `ts.context.Context` that handlers use, with the same names and meanings."""
 
@@ -63,6 +94,7 @@ class FakeContext:
         self.manifest = manifest
         self.system_properties = {"model_dir": model_dir, "gpu_id": gpu, "batch_size": batch_size}
         self.model_yaml_config = model_yaml_config
+        self.metrics: KnownMetrics | None = None
         self._slots: list[_Slot] = []
 
     @classmethod
