@@ -34,6 +34,7 @@ max_latency_ratio = 20.0
 seconds = 1.0
 every = 0.2
 max_latency_ratio = 50.0
+max_p99_ratio = 1000.0
 [settle]
 idle_seconds = 0.5
 drain_seconds = 10.0

@@ -6,6 +6,7 @@ found out, for the journal and for later phases, and raises the reason to go bac
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,10 +20,11 @@ from marwright.errors import ArchiveError, Circumstance, RolloutError, ServerErr
 from marwright.packing import golden, records, replay
 from marwright.packing.golden import Golden
 from marwright.packing.records import ArchiveRecord
-from marwright.release import gate, loading, proof, retiring, serving, shadow
+from marwright.release import gate, loading, measured, proof, retiring, serving, shadow, watching
 from marwright.release.client import Client
 from marwright.release.gate import Observed, Verdict
 from marwright.release.journal import Journal
+from marwright.release.measured import Figures, Snapshot
 from marwright.release.policy import Policy
 from marwright.release.server import Server
 from marwright.release.shadow import Holdout, Sample
@@ -115,10 +117,15 @@ def _verified(state: State, rig: Rig) -> dict[str, Any]:
 
 def _registered(state: State, rig: Rig) -> dict[str, Any]:
     rig.progress(f"loading {state.model} {state.version} beside {state.champion or 'nothing'}")
+    counted = measured.read(rig.client).of(state.model, state.champion) if state.champion else None
     began = time.time()
     loading.register(rig.client, rig.challenger, seconds=rig.policy.server.call_seconds)
     found = rig.server.find()
-    return {"began": began, "server": [found.pid, found.process.create_time()] if found else None}
+    return {
+        "began": began,
+        "server": [found.pid, found.process.create_time()] if found else None,
+        "champion_counted": counted.only(*watching.KEPT).to_list() if counted else None,
+    }
 
 
 def _ready(state: State, rig: Rig) -> dict[str, Any]:
@@ -221,6 +228,8 @@ def _gated(state: State, rig: Rig) -> dict[str, Any]:
 def _promoted(state: State, rig: Rig) -> dict[str, Any]:
     back = state.kind == "rollback"
     why = f"rollback from {state.champion}: {state.given.get('why', '')}" if back else f"rollout {state.id}"
+    before = measured.read(rig.client)
+    counted = before.of(state.model, state.version)
     rig.book.add(state.model, state.version, "switching", why=why)
     rig.client.set_default(state.model, state.version)
     proven = not back or rig.book.was_proven(state.model, state.version)
@@ -228,14 +237,16 @@ def _promoted(state: State, rig: Rig) -> dict[str, Any]:
     serving.refresh(rig.config, rig.store)
     seen = proof.prove(rig.client, rig.challenger, rig.golden(state.version), pinned=False)
     rig.progress(f"{state.version} answers; {seen.examples} golden examples answered rightly on the default URL")
-    return {}
+    return {
+        "counted": counted.only(*watching.KEPT).to_list() if counted else [],
+        "asked": before.asked.get((state.model, "default"), 0.0) + 2 * seen.examples,  # over REST and gRPC
+    }
 
 
 def _watched(state: State, rig: Rig) -> dict[str, Any]:
     policy = rig.policy.watch
     examples = rig.golden(state.version)
     requests = shadow.from_golden(examples)
-    before = _server_counts(rig.client, state.model)
     limit = policy.max_latency_ratio * float(state.facts.get("latency", 0.0))
     seconds: list[float] = []
     began = time.monotonic()
@@ -253,28 +264,46 @@ def _watched(state: State, rig: Rig) -> dict[str, Any]:
         wrong = golden.differences([example], [answer.json()])
         if wrong:
             raise RolloutError(f"a golden example is answered wrongly: {wrong[0]}")
-        restarts = _restarts(state, rig)
-        if restarts > policy.max_worker_restarts:
-            raise RolloutError(f"{restarts} of its workers were restarted, limit {policy.max_worker_restarts}")
-        failed, asked_all = (
-            now - then for now, then in zip(_server_counts(rig.client, state.model), before, strict=True)
-        )
-        rate = failed / asked_all if asked_all else 0.0
-        if rate > policy.max_error_rate:
-            raise RolloutError(
-                f"the server answered {failed:.0f} of {asked_all:.0f} requests with 5xx, {rate:.2%},"
-                f" limit {policy.max_error_rate:.2%}"
-            )
+        turn += 1
+        _same_workers(state, rig)
+        _judge_counts(state, rig, measured.read(rig.client), probes=turn)
         if limit and len(seconds) >= 5 and median(seconds) > limit:
             raise RolloutError(
                 f"median latency {median(seconds) * 1000:.1f} ms, limit {limit * 1000:.1f} ms"
                 f" ({policy.max_latency_ratio:g} times that before the switch)"
             )
-        turn += 1
         if time.monotonic() - began + policy.every > policy.seconds:
             break
         time.sleep(policy.every)
-    return {"looks_taken": turn, "watch_latency": round(median(seconds), 6)}
+    counted = _judge_counts(state, rig, measured.settled(rig.client, state.model), probes=turn)
+    _same_workers(state, rig)
+    facts = {"looks_taken": turn, "watch_latency": round(median(seconds), 6)}
+    if counted is None:
+        rig.progress(f"{state.model} {state.version} counts nothing: watched by golden examples and restarts alone")
+        return {**facts, "watched_requests": None}
+    rig.progress(f"{counted.answered:.0f} requests answered, {counted.failed:.0f} of them with 5xx")
+    return {**facts, "watched_requests": counted.answered, "watched_errors": counted.failed}
+
+
+def _judge_counts(state: State, rig: Rig, page: Snapshot, *, probes: int) -> Figures | None:
+    """What the version has counted since the switch; None where it does not count. RolloutError where that is bad."""
+    now = page.of(state.model, state.version)
+    if now is None:
+        return None
+    before = state.facts.get("champion_counted")
+    counted = now.only(*watching.KEPT) - Figures.from_list(state.facts.get("counted", []))
+    asked = page.asked.get((state.model, "default"), math.inf) - float(state.facts.get("asked", 0.0))
+    complaint = watching.complaint(
+        counted,
+        Figures.from_list(before) if before is not None else None,
+        rig.policy.watch,
+        version=state.version,
+        champion=state.champion,
+        asked=min(asked, counted.answered) - probes,  # TorchServe may not count; handlers do so with a delay
+    )
+    if complaint:
+        raise RolloutError(complaint)
+    return counted if counted.answered else None  # what an earlier worker of that version counted is no sign of life
 
 
 def _settled(state: State, rig: Rig) -> dict[str, Any]:
@@ -352,17 +381,6 @@ def _same_workers(state: State, rig: Rig) -> None:
             f"{restarts} of its workers died and were restarted, limit {rig.policy.watch.max_worker_restarts}"
             + (f": {words}" if words else "")
         )
-
-
-def _server_counts(client: Client, model: str) -> tuple[float, float]:
-    """(answers with 5xx of the whole server, requests for this model); zeros where it does not count."""
-    failed = asked = 0.0
-    for line in client.metrics(["Requests5XX", "ts_inference_requests_total"]).splitlines():
-        if line.startswith("Requests5XX{"):
-            failed += float(line.rsplit(" ", 1)[1])
-        elif line.startswith("ts_inference_requests_total{") and f'model_name="{model}"' in line:
-            asked += float(line.rsplit(" ", 1)[1])
-    return failed, asked
 
 
 STEPS: Mapping[str, Callable[[State, Rig], dict[str, Any]]] = {

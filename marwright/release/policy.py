@@ -85,9 +85,15 @@ class WatchPolicy(_Table):
     every: Seconds = 1.0
     """Seconds between two looks."""
     max_error_rate: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Answers with 5xx, which TorchServe counts for the whole server, by its requests for this model."""
+    """Answers with 5xx among this version's own, as its handlers count them."""
     max_latency_ratio: Ratio = 3.0
-    """Of the medians, after the switch to before it."""
+    """Of the medians, after the switch to before it: of the watch's own requests, and of all that handlers timed."""
+    max_p99_ratio: Ratio = 10.0
+    """The same of the 99th percentiles, as handlers timed them."""
+    max_confidence_drop: Share = 0.2
+    """Mean top-1 probability of the champion's requests, minus that of this version's."""
+    min_requests: Count = 100
+    """That callers must have made of either version before its latencies and confidence are compared."""
     max_worker_restarts: Count = 0
 
 

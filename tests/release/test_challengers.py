@@ -38,7 +38,7 @@ pytestmark = pytest.mark.server
 Limits = Mapping[str, Mapping[str, float]]
 
 QUICK: Limits = {
-    "watch": {"seconds": 1.0, "every": 0.2, "max_latency_ratio": 50.0},
+    "watch": {"seconds": 1.0, "every": 0.2, "max_latency_ratio": 50.0, "max_p99_ratio": 1000.0},
     "settle": {"idle_seconds": 0.3, "drain_seconds": 5.0, "warm_seconds": 600.0},
     "server": {"call_seconds": 10.0},
 }

@@ -281,7 +281,7 @@ def test_whatever_goes_wrong_in_a_phase_the_champion_comes_first(stage: Stage, m
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError("a fault of ours")
 
-    monkeypatch.setattr(phases, "_server_counts", broken)
+    monkeypatch.setattr(phases, "_judge_counts", broken)
     with pytest.raises(RolledBack, match="watched: ZeroDivisionError: a fault of ours"):
         verb.rolled_out(stage.settings("1.1"))
     assert (stage.answers(), stage.held()) == ("1.0", ["1.0"])

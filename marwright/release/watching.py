@@ -1,0 +1,51 @@
+"""What a version's own counts say against it after the switch: values in, a sentence out.
+
+watching.complaint(counted, before, limits, version="1.1", champion="1.0", asked=240)      # "" when nothing
+"""
+
+from __future__ import annotations
+
+from marwright.release.measured import Figures, Histogram
+from marwright.release.policy import WatchPolicy
+
+KEPT = ("requests_total", "handle_seconds", "confidence")
+"""The metrics that are looked at, and remembered in the journal for it."""
+
+
+def complaint(
+    counted: Figures, before: Figures | None, limits: WatchPolicy, *, version: str, champion: str | None, asked: float
+) -> str:
+    """Why the version must go: which metric, its value, what it is compared with, and the limit; "" when nothing.
+
+    `counted` is the version's since the switch, `before` the champion's before the rollout; `asked` is how often
+    callers have asked since the switch.
+    """
+    answered = counted.answered
+    rate = counted.failed / answered if answered else 0.0
+    if rate > limits.max_error_rate:
+        return (
+            f"error rate: {version} answered {counted.failed:.0f} of {answered:.0f} requests with 5xx, {rate:.2%},"
+            f" limit {limits.max_error_rate:.2%}"
+        )
+    if before is None or asked < limits.min_requests:
+        return ""
+    for name, q, limit in (("median", 0.5, limits.max_latency_ratio), ("p99", 0.99, limits.max_p99_ratio)):
+        ours, theirs = _pair("handle_seconds", counted, before)
+        now, then = ours.quantile(q), theirs.quantile(q)
+        if theirs.count >= limits.min_requests and now > limit * then:  # false for NaN
+            return (
+                f"{name} of handle_seconds is {now * 1000:.1f} ms, {champion} had {then * 1000:.1f} ms:"
+                f" {now / then:.2f} times, limit {limit:g}"
+            )
+    ours, theirs = _pair("confidence", counted, before)
+    drop = theirs.mean - ours.mean
+    if theirs.count >= limits.min_requests and drop > limits.max_confidence_drop:
+        return (
+            f"mean confidence is {ours.mean:.3f}, {champion} had {theirs.mean:.3f}: {drop:.3f} lower,"
+            f" limit {limits.max_confidence_drop:g}"
+        )
+    return ""
+
+
+def _pair(name: str, counted: Figures, before: Figures) -> tuple[Histogram, Histogram]:
+    return counted.histogram(name), before.histogram(name)

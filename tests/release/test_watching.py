@@ -1,0 +1,97 @@
+"""What a version's counts say against it after the switch."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from marwright.release import watching
+from marwright.release.measured import Figures
+from marwright.release.policy import WatchPolicy
+
+LIMITS = WatchPolicy()
+BOUNDS = (0.005, 0.01, 0.1, 1.0, float("inf"))
+
+
+def counted(*, fine: int = 200, failed: int = 0, code: int = 500, seconds: float = 0.004, slow: int = 0) -> Figures:
+    """`fine` requests of so many `seconds`, `slow` of which took half a second; and confidence 0.9."""
+    below = {bound: sum(each <= bound for each in [0.5] * slow + [seconds] * (fine - slow)) for bound in BOUNDS}
+    buckets = {("handle_seconds_bucket", str(bound)): float(count) for bound, count in below.items()}
+    return Figures(
+        {
+            ("requests_total", "predict", "200"): float(fine),
+            ("requests_total", "predict", str(code)): float(failed),
+            **buckets,
+            ("handle_seconds_count",): float(fine),
+            ("confidence_sum",): fine * 0.9,
+            ("confidence_count",): float(fine),
+        }
+    )
+
+
+def doubtful(mean: float) -> Figures:
+    return Figures({**counted().counters, ("confidence_sum",): 200 * mean})
+
+
+def complaint(
+    ours: Figures, before: Figures | None = None, *, asked: float = 200.0, limits: WatchPolicy = LIMITS
+) -> str:
+    return watching.complaint(ours, before or counted(), limits, version="1.1", champion="1.0", asked=asked)
+
+
+def test_a_version_like_its_champion_is_left_alone() -> None:
+    assert complaint(counted()) == ""
+    assert complaint(Figures()) == "", "nothing counted yet"
+    assert watching.complaint(counted(), None, LIMITS, version="1.0", champion=None, asked=200) == "", (
+        "the first of all"
+    )
+
+
+@pytest.mark.parametrize(
+    ("ours", "says"),
+    [
+        (counted(failed=1), r"error rate: 1\.1 answered 1 of 201 requests with 5xx, 0\.50%, limit 0\.00%"),
+        (
+            counted(seconds=0.05),
+            r"median of handle_seconds is 55\.0 ms, 1\.0 had 2\.5 ms: 22\.00 times, limit 3",
+        ),
+        (counted(slow=6), r"p99 of handle_seconds is 700\.0 ms, 1\.0 had 4\.9 ms: 141\.\d\d times, limit 10"),
+        (doubtful(0.65), r"mean confidence is 0\.650, 1\.0 had 0\.900: 0\.250 lower, limit 0\.2"),
+    ],
+    ids=["errors", "median", "p99", "confidence"],
+)
+def test_a_worse_one_is_told_with_metric_both_values_and_limit(ours: Figures, says: str) -> None:
+    assert re.fullmatch(says, complaint(ours))
+
+
+@pytest.mark.parametrize("ours", [counted(seconds=0.05), counted(slow=6), doubtful(0.1)])
+def test_few_requests_say_nothing_of_speed_and_confidence(ours: Figures) -> None:
+    assert complaint(ours, asked=99) == ""
+    assert complaint(ours, counted(fine=99)) == "", "of the champion"
+    assert complaint(ours, limits=replace_limits(min_requests=201)) == ""
+
+
+def test_one_error_among_few_requests_is_one_too_many() -> None:
+    assert complaint(counted(fine=1, failed=1), asked=1).startswith("error rate")
+    assert complaint(counted(fine=99, failed=1), limits=replace_limits(max_error_rate=0.01)) == ""
+
+
+@pytest.mark.parametrize("code", [400, 413, 415, 422, 429, 501])
+def test_a_clients_fault_is_not_the_versions(code: int) -> None:
+    assert complaint(counted(failed=100, code=code)) == ""
+
+
+def test_a_limit_may_be_wider() -> None:
+    wide = replace_limits(max_latency_ratio=1000.0, max_p99_ratio=1000.0, max_confidence_drop=1.0)
+    for ours in (counted(seconds=0.05), counted(slow=6), doubtful(0.1)):
+        assert complaint(ours, limits=wide) == ""
+
+
+def test_a_regressor_has_no_confidence_to_lose() -> None:
+    values = Figures({key: value for key, value in counted().counters.items() if not key[0].startswith("confidence")})
+    assert complaint(values, values) == ""
+
+
+def replace_limits(**changed: float) -> WatchPolicy:
+    return WatchPolicy.model_validate({**LIMITS.model_dump(), **changed})
