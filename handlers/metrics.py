@@ -224,7 +224,7 @@ class Meters:
         handle: float,
     ) -> None:
         """What a request waits for: references, no figures."""
-        kept = [(one.call, one.status, one.seconds, one.rows.stop > one.rows.start) for one in requests]
+        kept = [(one.call, one.status, one.seconds, one.rows.stop > 0) for one in requests]
         first = outputs[self._spec.outputs[0]]
         if any(call != "predict" and reached for call, _, _, reached in kept):
             mine = [one.rows for one in requests if one.call == "predict"]

@@ -9,6 +9,7 @@ The same claims are tested against `ts.context.Context` by the worker contract.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -51,7 +52,7 @@ class KnownMetrics:
     """`context.metrics`, small: the counters that a metrics file declares, and what was added to each."""
 
     def __init__(self, path: Path) -> None:
-        declared = yaml.safe_load(path.read_text(encoding="utf-8"))["model_metrics"].get("counter", [])
+        declared = _declared(path.read_text(encoding="utf-8"))
         self._counters = {entry["name"]: KnownCounter(entry["name"], entry["dimensions"]) for entry in declared}
 
     def get_metric(self, metric_name: str) -> KnownCounter:
@@ -61,6 +62,12 @@ class KnownMetrics:
     def sums(self) -> dict[tuple[str, ...], float]:
         """By name and values of the labels."""
         return {(name, *labels): value for name, one in self._counters.items() for labels, value in one.sums.items()}
+
+
+@functools.cache
+def _declared(document: str) -> list[Any]:
+    counters: list[Any] = yaml.safe_load(document)["model_metrics"].get("counter", [])
+    return counters
 
 
 class KnownCounter:
