@@ -12,24 +12,33 @@
 
 In v2 `labels[n][i]` belongs to `probabilities[n][i]`, best first. A v2 request may name the outputs that it wants;
 `embedding` (FP32 [N, D]) is given to who asks for it by name.
+
+An explanation is one JSON object (`explained` says what is in it), a PNG, or the bytes of a `.npy` file. KServe's forms
+hold it as the only one in `"explanations"`.
 """
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from handlers import kserve
+from handlers import kserve, overlay
 from handlers.errors import BadRequest
+from handlers.explanations import Explanation
 from handlers.payloads import Payload
-from handlers.spec import ModelSpec
+from handlers.spec import ModelSpec, VectorInput
 
 Outputs = Mapping[str, NDArray[Any]]
+
+JSON = "application/json"
+CONTENT_TYPES = {"json": JSON, "png": "image/png", "npy": "application/octet-stream"}
+"""Of an explanation, by its format."""
 
 _JSON = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
@@ -77,6 +86,50 @@ def answer(payload: Payload, sheet: Sheet, rows: slice, spec: ModelSpec, *, mode
         if payload.form == "kserve-v1":
             return {"predictions": answers}
     return answers[0] if payload.form == "stock" else answers
+
+
+def explained(
+    explanation: Explanation, payload: Payload, sheet: Sheet, rows: slice, spec: ModelSpec, *, model: str, version: str
+) -> Any:
+    """Why, beside what: bytes of a PNG or a `.npy` file, or JSON-ready values.
+
+    Of a picture: method, target (label and index), the top k, and the attributions as H×W, channels summed, in logits.
+    Of a row: the same with the one value, and an attribution for each feature, in the target's units (slopes: for each
+    standard deviation of the feature). Where they apply: baseline, a row's value there, steps, and the completeness
+    delta of integrated gradients. `BadRequest` 500 where the model gave NaN or infinity.
+    """
+    ask, found = explanation.ask, explanation.attributions
+    prediction = answer(replace(payload, form="stock"), sheet, rows, spec, model=model, version=version)
+    if ask.format == "npy":
+        stream = io.BytesIO()
+        np.save(stream, found)
+        return stream.getvalue()
+    if ask.format == "png":
+        return overlay.png(explanation.row, found)
+    regression = spec.task == "regression"
+    label = spec.target if regression else spec.classes[explanation.target]
+    document: dict[str, Any] = {
+        "method": ask.method,
+        "target": {"label": label} if regression else {"label": label, "index": explanation.target},
+        "output": "value" if regression else "logit",
+        "prediction": prediction[spec.target] if regression else prediction,
+    }
+    if ask.baseline:
+        document["baseline"] = ask.baseline
+        if regression:
+            document["baseline_prediction"] = explanation.baseline_output
+    if ask.steps is not None:
+        document["steps"] = ask.steps
+    if explanation.delta is not None:
+        document["completeness_delta"] = explanation.delta
+    if isinstance(spec.input, VectorInput):
+        document["attributions"] = dict(zip(spec.input.features, found.tolist(), strict=True))
+    else:
+        summed = found.sum(axis=0)
+        document |= {"shape": list(summed.shape), "attributions": summed.tolist()}
+    if not payload.form.startswith("kserve"):
+        return document
+    return {"model_name": model, "model_version": version, "explanations": [document]}
 
 
 def encode(value: Any) -> bytes:

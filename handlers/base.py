@@ -2,30 +2,34 @@
 
     preprocess    requests → Batch: one array N×…, where each request's rows are, and an error for each that has none
     inference     array → {"probabilities": N×K, "embedding": N×D where the net has one}
+    explain       attributions for each request that asks for an explanation
     postprocess   one answer for each request, in order; a failed one gets its own status and reason
 
 A request's fault stays with that request. One batch may hold requests over REST and gRPC, in KServe's forms and the
-stock one, with several instances each, and calls for the model's description.
+stock one, with several instances each, calls for explanations and for the model's description.
 """
 
 from __future__ import annotations
 
+import base64
 import logging
 import os
 import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from handlers import answers, images, instances, payloads, runtime
+from handlers import answers, explanations, images, instances, payloads, runtime
 from handlers.answers import Sheet
 from handlers.bundle import Bundle
 from handlers.errors import PHRASES, BadRequest, LoadError
+from handlers.explanations import Explanation
 from handlers.metrics import Meters
 from handlers.payloads import Headers, Payload
 from handlers.settings import WorkerSettings
@@ -51,11 +55,18 @@ class Request:
     payload: Payload | None = None
     rows: slice = field(default_factory=lambda: slice(0))
     """Its instances in the batch's array."""
+    explanation: Explanation | None = None
     error: BadRequest | None = None
     seconds: float = 0.0
     """What parsing and decoding took."""
     status: int = 0
     """Of its answer; over gRPC too, which sends none."""
+
+    @property
+    def content_type(self) -> str:
+        """Of an answer that is no refusal."""
+        ask = None if self.payload is None else self.payload.ask
+        return answers.JSON if ask is None else answers.CONTENT_TYPES[ask.format]
 
 
 @dataclass
@@ -92,6 +103,7 @@ class BatchHandler:
             ready = time.perf_counter()
             outputs = self.inference(batch)
             inferred = time.perf_counter()
+            self.explain(batch, outputs)
             bodies = self.postprocess(batch, outputs, context)
         except Exception:
             self.meters.lost(len(data))
@@ -116,8 +128,13 @@ class BatchHandler:
                     request.call = "explain"
                 if not isinstance(fields, Mapping):
                     raise BadRequest(400, "the request has no input; the field is `data`")
+                if payloads.flag(fields, "explain"):
+                    request.call = "explain"
                 request.meta = not request.headers.http and payloads.flag(fields, "meta")
                 request.payload = payloads.parse(fields, request.headers, self.spec)
+                if request.payload.ask is not None and self.explainer is not None:
+                    request.call = "explain"
+                    self.explainer.admit(request.payload.ask)
                 decoded = self._decode(request.payload)
                 request.rows = slice(len(arrays), len(arrays) + len(decoded))
                 arrays += decoded
@@ -147,6 +164,30 @@ class BatchHandler:
             return parts[1]
         return {name: np.concatenate([part[name] for part in parts]) for name in self.spec.outputs}
 
+    def explain(self, batch: Batch, outputs: dict[str, NDArray[Any]]) -> None:
+        """One by one, in order. What does not fit into `limits.explain_seconds` any more is refused with 429, so that
+        neighbours wait no longer than that (or twice that, should the worker have become slower than it was)."""
+        begun = time.monotonic()
+        for index, request in enumerate(batch.requests):
+            ask = request.payload.ask if request.payload is not None and request.error is None else None
+            if ask is None or self.explainer is None:
+                continue
+            output = outputs[self.spec.outputs[0]][request.rows.start]
+            if not np.isfinite(output).all():
+                continue  # it has no answer that could be explained
+            started = time.monotonic()
+            try:
+                self.explainer.fit_in(ask, started - begun)
+                row = batch.array[request.rows.start]
+                deadline = self.explainer.deadline(begun)
+                request.explanation = self.explainer.explain(row, ask, int(output.argmax()), deadline)
+                self.meters.explained(time.monotonic() - started)
+            except BadRequest as error:
+                request.error = error
+            except Exception:
+                _log.exception("request %s of a batch could not be explained", index)
+                request.error = BadRequest(500, _OURS)
+
     def postprocess(self, batch: Batch, outputs: dict[str, NDArray[Any]], context: Any) -> list[bytes]:
         """Bodies, statuses and headers."""
         k = max((request.payload.top_k for request in batch.requests if request.payload), default=0)
@@ -169,6 +210,7 @@ class BatchHandler:
             "labels": list(spec.classes),
             "target": spec.target,
             "metrics": dict(spec.metrics),
+            "explanations": list(self.explainer.methods) if self.explainer else [],
             "device": self.runtime.device,
             "threads": self.settings.threads,
             "pid": os.getpid(),
@@ -180,7 +222,7 @@ class BatchHandler:
         model_dir = Path(properties["model_dir"])
         self.bundle = Bundle.verify(model_dir)
         self.spec = ModelSpec.from_json((model_dir / "spec.json").read_text(encoding="utf-8"))
-        for name in ("spec.json", "MAR-INF/MANIFEST.json", self.spec.artifact):
+        for name in ("spec.json", "MAR-INF/MANIFEST.json", self.spec.artifact, self.spec.twin or self.spec.artifact):
             self.bundle.require(name)
         if self.spec.task != self.task:
             raise LoadError(f"{type(self).__name__} answers for {self.task}; spec.json says {self.spec.task}")
@@ -197,6 +239,7 @@ class BatchHandler:
         self.runtime = runtime.load(
             self.spec, model_dir, threads=self.settings.threads, gpu=None if gpu is None else int(gpu)
         )
+        self.explainer = explanations.load(self.spec, model_dir, self.runtime.device)
         batch_size = max(1, int(properties.get("batch_size") or 1))
         self.chunk = max(_CHUNK, batch_size)
         loaded = time.perf_counter()
@@ -244,7 +287,7 @@ class BatchHandler:
         if request.headers.http:
             for name, text in self._identity.items():
                 context.set_response_header(index, name, text)
-            context.set_response_content_type(index, "application/json")
+            context.set_response_content_type(index, request.content_type if error is None else answers.JSON)
             if error is not None:
                 context.set_response_status(error.status, PHRASES[error.status], index)
         elif not request.headers.describe:
@@ -257,11 +300,16 @@ class BatchHandler:
             raise request.error
         if request.payload is None:
             return self.describe()
-        return answers.answer(request.payload, sheet, request.rows, self.spec, model=self.model, version=self.version)
+        give = answers.answer if request.explanation is None else partial(answers.explained, request.explanation)
+        return give(request.payload, sheet, request.rows, self.spec, model=self.model, version=self.version)
 
     def _body(self, value: Any, error: BadRequest | None, index: int, request: Request, context: Any) -> bytes:
         """gRPC answers have neither headers nor statuses: a caller who sets `meta` gets them in the body."""
-        if not request.meta:
+        if isinstance(value, bytes):
+            if not request.meta:
+                return value
+            value = base64.b64encode(value).decode("ascii")
+        elif not request.meta:
             return answers.encode(value)
         document = {
             "prediction": value if error is None else None,

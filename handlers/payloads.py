@@ -12,25 +12,29 @@
 | `{"instances": […], "parameters"?}`                                            | kserve-v1          |
 | `{"inputs": […], "parameters"?, "outputs"?}`                                   | kserve-v2          |
 
-JSON may arrive decoded or as bytes. Beside the input there may be `top_k`, `explain` and, over gRPC, `meta`; the header
-`X-Top-K` beats the field.
+JSON may arrive decoded or as bytes. Beside the input there may be `top_k`, `explain` and, over gRPC, `meta`; beside
+`explain` what `explanations.CONTROLS` names. They stand in fields of their own, in the JSON object, or in KServe's
+`parameters`; a feature of that name comes first. The headers `X-Top-K`, `X-Explain-Method` and so on beat the fields.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from handlers import instances, kserve
+from handlers import explanations, instances, kserve
 from handlers.errors import BadRequest
+from handlers.explanations import Ask
 from handlers.spec import ModelSpec, VectorInput
 
 Form = Literal["stock", "list", "kserve-v1", "kserve-v2"]
 Fields = Mapping[str, Any]
 
 _CONTROLS = frozenset({"top_k", "meta", "explain"})
+_EVERY_CONTROL = _CONTROLS | explanations.CONTROLS
+_EXPLAIN_HEADER = "x-explain-"
 _YES = frozenset({"1", "true", "yes", "on"})
 _NO = frozenset({"", "0", "false", "no", "off"})
 
@@ -45,12 +49,15 @@ class Headers:
     explain: bool = False
     form_encoded: bool = False
     top_k: str | None = None
+    controls: Mapping[str, str] = field(default_factory=dict)
+    """Of `explanations.CONTROLS`, those that came as headers."""
 
     @classmethod
     def read(cls, headers: Mapping[str, Any]) -> Headers:
         """`headers` as TorchServe gives them: one text for a header, one dict for a field of the body."""
         http = describe = explain = form_encoded = False
         top_k = None
+        controls: dict[str, str] = {}
         for key, value in headers.items():
             if not isinstance(value, str):
                 continue
@@ -65,7 +72,9 @@ class Headers:
                     top_k = value
                 elif name == "content-type":
                     form_encoded = value.lower().startswith("application/x-www-form-urlencoded")
-        return cls(http, describe, explain, form_encoded, top_k)
+                elif name.startswith(_EXPLAIN_HEADER) and name[len(_EXPLAIN_HEADER) :] in explanations.CONTROLS:
+                    controls[name[len(_EXPLAIN_HEADER) :]] = value
+        return cls(http, describe, explain, form_encoded, top_k, controls)
 
 
 @dataclass(frozen=True)
@@ -81,6 +90,8 @@ class Payload:
     """KServe v2's `id`."""
     outputs: tuple[str, ...] = ()
     """KServe v2's requested outputs; empty means the usual ones."""
+    ask: Ask | None = None
+    """The explanation that is wanted of its one instance; None for a prediction."""
 
 
 def parse(fields: Fields, headers: Headers, spec: ModelSpec) -> Payload:
@@ -88,17 +99,29 @@ def parse(fields: Fields, headers: Headers, spec: ModelSpec) -> Payload:
     if headers.form_encoded:
         send = "send it with `curl -T FILE`, or JSON with `-H 'Content-Type: application/json'`"
         raise BadRequest(415, f"form encoding damages a body: {send}")
-    if headers.explain or flag(fields, "explain"):
-        raise BadRequest(501, "this model offers no explanations")
+    explain = headers.explain or flag(fields, "explain")
+    if explain:
+        _require_twin(spec)
     names = [name for name in fields if name not in _CONTROLS]
+    if explain or len(names) > 1:  # what asks for explanations is no input, unless a prediction has no other
+        names = [name for name in names if name not in explanations.CONTROLS]
     if len(names) != 1:
         found = f"the fields {', '.join(sorted(names))[:200]}" if names else "none"
         raise BadRequest(400, f"a request holds its input in one field, `data` say; this one has {found}")
     given = _decoded(fields[names[0]])
-    wanted = fields.get("top_k") if headers.top_k is None else headers.top_k
-    if isinstance(given, dict):
-        return _document(given, wanted, spec)
-    return _plain(given, wanted, spec)
+    inside = _inside(given, spec) if isinstance(given, dict) else {}
+    if not explain and flag(inside, "explain"):
+        _require_twin(spec)
+        explain = True
+    beside = {name: value for name, value in fields.items() if name != names[0]}
+    wanted = _first("top_k", {} if headers.top_k is None else {"top_k": headers.top_k}, beside, inside)
+    payload = _document(given, wanted, spec) if isinstance(given, dict) else _plain(given, wanted, spec)
+    if not explain:
+        return payload
+    if len(payload.instances) != 1:
+        raise BadRequest(422, f"one instance is explained at a time; this request holds {len(payload.instances)}")
+    controls = {name: _first(name, headers.controls, beside, inside) for name in explanations.CONTROLS}
+    return replace(payload, ask=Ask.read(controls, spec))
 
 
 def flag(fields: Fields, name: str) -> bool:
@@ -121,25 +144,42 @@ def _decoded(given: Any) -> Any:
         raise BadRequest(400, "the body begins like JSON and is not JSON") from None
 
 
+def _inside(given: dict[str, Any], spec: ModelSpec) -> Mapping[str, Any]:
+    """Where a JSON object may hold controls."""
+    if _kserve(given, spec):
+        parameters = given.get("parameters")
+        if parameters is not None and not isinstance(parameters, dict):
+            raise BadRequest(400, "parameters must be an object")
+        return parameters or {}
+    return {name: given[name] for name in _EVERY_CONTROL - _features(spec) if name in given}
+
+
+def _features(spec: ModelSpec) -> frozenset[str]:
+    return frozenset(spec.input.features) if isinstance(spec.input, VectorInput) else frozenset()
+
+
+def _kserve(given: dict[str, Any], spec: ModelSpec) -> bool:
+    """A row whose features happen to be called like KServe's keys is a row."""
+    features = _features(spec)
+    named = bool(features) and given.keys() - (_EVERY_CONTROL - features) == features
+    return not named and ("inputs" in given or "instances" in given)
+
+
 def _document(given: dict[str, Any], wanted: Any, spec: ModelSpec) -> Payload:
     """A JSON object: KServe's, an envelope of ours, or a row by its features' names."""
-    features = spec.input.features if isinstance(spec.input, VectorInput) else ()
-    named = bool(features) and given.keys() - _CONTROLS == set(features)
-    if "inputs" in given and not named:
-        top_k = _top_k(_parameter(given, wanted), spec)
-        sent, identifier, outputs = kserve.read(given, spec)
-        return Payload(_counted(sent, spec), "kserve-v2", top_k, identifier, outputs)
-    if "instances" in given and not named:
+    top_k = _top_k(wanted, spec)
+    if _kserve(given, spec):
+        if "inputs" in given:
+            sent, identifier, outputs = kserve.read(given, spec)
+            return Payload(_counted(sent, spec), "kserve-v2", top_k, identifier, outputs)
         if not isinstance(given["instances"], list):
             raise BadRequest(400, "instances must be a list")
-        return Payload(_counted(given["instances"], spec), "kserve-v1", _top_k(_parameter(given, wanted), spec))
-    if "explain" not in features and flag(given, "explain"):
-        raise BadRequest(501, "this model offers no explanations")
-    if wanted is None and "top_k" not in features:
-        wanted = given.get("top_k")
-    inside = {key: value for key, value in given.items() if key in features or key not in _CONTROLS}
+        return Payload(_counted(given["instances"], spec), "kserve-v1", top_k)
+    features = _features(spec)
+    inside = {key: value for key, value in given.items() if key in features or key not in _EVERY_CONTROL}
+    named = bool(features) and inside.keys() == features
     if features and not inside.keys() & set(instances.KEYS):
-        return Payload([inside], "stock", _top_k(wanted, spec))
+        return Payload([inside], "stock", top_k)
     if not named and len(inside) != 1:
         raise BadRequest(400, f"a JSON object holds exactly one of: {', '.join(instances.KEYS)}, instances, inputs")
     return _plain(inside if named else instances.held(inside), wanted, spec)
@@ -154,11 +194,14 @@ def _plain(given: Any, wanted: Any, spec: ModelSpec) -> Payload:
     return Payload([given], "stock", top_k)
 
 
-def _parameter(given: dict[str, Any], wanted: Any) -> Any:
-    parameters = given.get("parameters")
-    if parameters is not None and not isinstance(parameters, dict):
-        raise BadRequest(400, "parameters must be an object")
-    return (parameters or {}).get("top_k") if wanted is None else wanted
+def _first(name: str, *places: Mapping[str, Any]) -> Any:
+    """The first place that says it."""
+    return next((place[name] for place in places if place.get(name) is not None), None)
+
+
+def _require_twin(spec: ModelSpec) -> None:
+    if not spec.twin:
+        raise BadRequest(501, "this model offers no explanations")
 
 
 def _top_k(value: Any, spec: ModelSpec) -> int:

@@ -11,7 +11,9 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ROOMS = ["learning", "packing", "release", "feedback"]
-WORKER_HAS = {"torch", "numpy", "PIL", "handlers", "onnxruntime"}
+WORKER_HAS = {"torch", "numpy", "PIL", "handlers", "onnxruntime", "captum"}
+LATE = ("onnxruntime", "captum")
+"""Slow to import, and not every archive needs them."""
 
 
 def imports(path: Path) -> Iterator[str]:
@@ -43,10 +45,10 @@ def test_handlers_import_nothing_that_a_worker_lacks(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", python_files("handlers"), ids=lambda path: path.name)
-def test_onnxruntime_is_not_imported_before_it_is_needed(path: Path) -> None:
+def test_onnxruntime_and_captum_are_not_imported_before_they_are_needed(path: Path) -> None:
     tree = ast.parse(path.read_text(encoding="utf-8"))
     at_top = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
-    assert not any("onnxruntime" in ast.unparse(node) for node in at_top)
+    assert not any(late in ast.unparse(node) for node in at_top for late in LATE)
 
 
 @pytest.mark.parametrize("path", python_files("marwright"), ids=lambda path: str(path.relative_to(ROOT)))

@@ -55,8 +55,8 @@ def graph(model: str) -> ServingGraph:
     return made.eval()
 
 
-def write(root: Path, model: str, format: str, limits: Limits | None = None) -> Path:
-    """Everything that a `.mar` of that model has, unpacked in `root`."""
+def write(root: Path, model: str, format: str, limits: Limits | None = None, *, explain: bool = False) -> Path:
+    """Everything that a `.mar` of that model has, unpacked in `root`; with `explain`, the twin too."""
     artifact = "weights.pt" if format == "eager" else "model.onnx"
     shutil.copytree(Path(handlers.__file__).parent, root / "handlers", ignore=shutil.ignore_patterns("__pycache__"))
     net = graph(model)
@@ -64,7 +64,12 @@ def write(root: Path, model: str, format: str, limits: Limits | None = None) -> 
         torch.save(net.state_dict(), root / artifact)
     else:
         export_onnx(net, spec(model), root / artifact)
-    (root / "spec.json").write_text(spec(model, format, artifact, limits).to_json(), encoding="utf-8")
+    written = spec(model, format, artifact, limits)
+    if explain:
+        twin = artifact if format == "eager" else "twin.pt"
+        torch.save(net.state_dict(), root / twin)
+        written = written.exported(format, artifact, twin)
+    (root / "spec.json").write_text(written.to_json(), encoding="utf-8")
     (root / "model-config.yaml").write_text("minWorkers: 1\nhandler:\n  threads: 1\n")
     manifest = {"model": {"modelName": model, "modelVersion": "1.0", "handler": HANDLERS[model],
                           "configFile": "model-config.yaml"}}  # fmt: skip

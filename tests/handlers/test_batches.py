@@ -185,6 +185,7 @@ def test_a_description_says_what_is_serving_and_shares_a_batch(started: Any) -> 
         "labels": list(handler.spec.classes),
         "target": handler.spec.target,
         "metrics": dict(handler.spec.metrics),
+        "explanations": [],
         "device": "cpu",
         "threads": 1,
         "pid": os.getpid(),
