@@ -15,7 +15,7 @@ import html
 import io
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -42,6 +42,9 @@ td.number, th.number { text-align: right; }
 figure { margin: .8rem 0; } figure img { max-width: 100%; height: auto; }
 .gallery { display: flex; flex-wrap: wrap; gap: .8rem; } .gallery figure { margin: 0; width: 7rem; font-size: .8rem; }
 .gallery img { width: 6rem; height: 6rem; object-fit: contain; image-rendering: pixelated; background: #f5f7fa; }
+.gallery.large figure { width: 14rem; } .gallery.large img { width: 14rem; height: auto; }
+.gallery.wide figure { width: 29rem; max-width: 100%; font-size: .9rem; }
+.gallery.wide img { width: 100%; height: auto; image-rendering: auto; background: none; }
 """
 
 
@@ -78,10 +81,10 @@ class Report:
     def figure(self, figure: Figure, *, alt: str, caption: str = "") -> Report:
         return self._add(_figure(_uri(svg(figure), "image/svg+xml"), alt, caption))
 
-    def gallery(self, pictures: Iterable[tuple[bytes, str, str]]) -> Report:
-        """Small pictures side by side: bytes, MIME type, what to say below."""
+    def gallery(self, pictures: Iterable[tuple[bytes, str, str]], *, size: Literal["", "large", "wide"] = "") -> Report:
+        """Pictures side by side, small ones unless `size` says otherwise: bytes, MIME type, what to say below."""
         shown = "".join(_figure(_uri(data, mime), caption, caption) for data, mime, caption in pictures)
-        return self._add(f'<div class="gallery">{shown}</div>')
+        return self._add(f'<div class="{f"gallery {size}".strip()}">{shown}</div>')
 
     def html(self) -> str:
         body = "\n".join(self._parts)

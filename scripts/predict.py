@@ -15,7 +15,7 @@ SETTINGS = PredictSettings
 
 
 def main(settings: PredictSettings) -> int:
-    body = _read(settings.input)
+    body = read(settings.input, hint="make predict IMAGE=picture.png")
     with live.client(settings) as client:
         model = settings.model or live.only_model(client)
         answer = client.ask(
@@ -38,8 +38,9 @@ def main(settings: PredictSettings) -> int:
     return 0
 
 
-def _read(path: Path) -> bytes:
+def read(path: Path, *, hint: str) -> bytes:
+    """A request's body, from a file or (`-`) from standard input."""
     try:
         return sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}", hint="make predict IMAGE=picture.png") from None
+        raise DataError(f"{path} cannot be read: {error.strerror}", hint=hint) from None

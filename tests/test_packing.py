@@ -330,3 +330,88 @@ def test_an_unfinished_run_cannot_be_opened(run: Run) -> None:
     (run.path / "evaluation.json").unlink()
     with pytest.raises(Exception, match="not finished"):
         runs.open_run(run.path)
+
+
+@pytest.fixture(scope="module")
+def explained(digits: Built, tmp_path_factory: pytest.TempPathFactory) -> Built:
+    """The digits archive with its eager twin."""
+    return archives.build(digits.run, tmp_path_factory.mktemp("explained"), explain=True)
+
+
+def test_a_compiled_archive_carries_its_eager_twin_where_the_recipe_wants_explanations(
+    explained: Built, digits: Built, tmp_path: Path
+) -> None:
+    container.unpack(explained.path, tmp_path)
+    spec = golden.spec(tmp_path)
+    assert (spec.artifact, spec.twin) == ("model.onnx", "twin.pt")
+    graph = serving_graph(spec.net, dict(spec.net_args), task=spec.task)
+    graph.load_state_dict(torch.load(tmp_path / "twin.pt", weights_only=True))
+    with np.load(digits.run.path / "examples.npz") as saved:
+        parity = exporting.check_parity(graph.eval(), spec, tmp_path, saved["inputs"])
+    assert parity.difference <= 1e-4
+    listed = json.loads((tmp_path / archive.DIGESTS).read_text())
+    assert listed["twin.pt"] == files.sha256(tmp_path / "twin.pt")
+    size = (tmp_path / "twin.pt").stat().st_size
+    assert explained.record.twin_size == size
+    assert size < explained.record.size - digits.record.size < size + 1000
+    assert (golden.spec(digits.path).twin, digits.record.twin_size) == ("", 0)
+
+
+def test_two_builds_with_a_twin_have_the_same_bytes(explained: Built, run: Run, tmp_path: Path) -> None:
+    shutil.rmtree(run.path / "export" / "eager")
+    assert archives.build(run, tmp_path / "elsewhere", explain=True).record == explained.record
+
+
+def test_an_eager_artifact_is_its_own_twin(regressor: Built, tmp_path: Path) -> None:
+    built = archives.build(regressor.run, tmp_path, "eager", explain=True)
+    spec = golden.spec(built.path)
+    assert spec.twin == spec.artifact == "weights.pt"
+    assert built.record.twin_size == 0
+    with zipfile.ZipFile(built.path) as opened:
+        assert [name for name in opened.namelist() if name.endswith(".pt")] == ["weights.pt"]
+
+
+def test_a_twin_that_a_worker_could_not_load_is_refused(digits: Built, monkeypatch: pytest.MonkeyPatch) -> None:
+    artifact = exporting.export(digits.run, "onnx")
+    foreign = replace(digits.run.spec, net="torchvision:resnet18")
+    monkeypatch.setattr(Run, "spec", property(lambda run: foreign))
+    with pytest.raises(ExportError, match="training time only") as caught:
+        exporting.twin(digits.run, artifact)
+    assert "explain = false" in caught.value.hint
+
+
+def test_an_archive_that_cannot_explain_is_not_built(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    good = exporting.export(run, "eager")
+    weights = torch.load(good.path, weights_only=True)
+    weights["net.fc2.bias"][:] = float("nan")
+    torch.save(weights, tmp_path / "weights.pt")
+    monkeypatch.setattr(exporting, "twin", lambda run, artifact: replace(good, path=tmp_path / "weights.pt"))
+    with pytest.raises(ArchiveInvalid, match=r"cannot explain its answers|does not load") as caught:
+        archives.build(run, tmp_path / "store", explain=True)
+    assert caught.value.issues
+    assert not list((tmp_path / "store").glob("*.mar"))
+
+
+def test_wrong_explanations_are_told_apart(digits: Built) -> None:
+    example, spec = digits.golden[0], golden.spec(digits.path)
+    right = {"prediction": dict(example.answer), "attributions": [[1.0] * 16] * 16, "completeness_delta": 0.1}
+    best = max(example.answer, key=lambda label: example.answer[label])
+    right["prediction"] = {best: example.answer[best]}
+
+    def wrong(**changed: object) -> list[str]:
+        return replay.unexplained({"saliency": {**right, **changed}}, example, spec)
+
+    assert wrong() == []
+    assert "shape [16]" in wrong(attributions=[1.0] * 16)[0]
+    assert "all finite" in wrong(attributions=[[float("nan")] * 16] * 16)[0]
+    assert "miss what they should add up to by 20" in wrong(completeness_delta=-20.0)[0]
+    assert best in wrong(prediction={best: 0.0})[0]
+    assert wrong(reason="the net has no slope") == ["saliency: the net has no slope"]
+    assert replay.unexplained({}, example, spec) == ["no method is offered"]
+
+
+def test_records_of_archives_without_a_twin_size_are_read(digits: Built, tmp_path: Path) -> None:
+    kept = files.read_json(digits.store / records.record_name(digits.record.file))
+    del kept["twin_size"]
+    files.write_json(tmp_path / records.record_name(digits.record.file), kept)
+    assert records.records(tmp_path) == [digits.record]

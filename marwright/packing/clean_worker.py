@@ -1,6 +1,6 @@
 """What `replay` runs in its clean process: a stand-in for a TorchServe worker.
 
-    python -P clean_worker.py FOLDER        # prints the golden examples' answers as one JSON list
+    python -P clean_worker.py FOLDER        # prints {"answers": [of all golden examples], "explanations": {method: …}}
 
 `Context` has what a handler may use of TorchServe's own. Nothing of Marwright but the
 archive's `handlers` is imported.
@@ -17,6 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+STEPS = 200
+"""Of integrated gradients: so many that what they leave over is not the integral's error."""
 
 
 class Context:
@@ -89,20 +92,24 @@ def main(folder: Path) -> None:
     handler = load(folder, context)
     entries = json.loads((folder / "golden" / "golden.json").read_text(encoding="utf-8"))
     count = max(len(entry["answer"]) for entry in entries)
-    kinds = {"image": "application/octet-stream", "json": "application/json"}
-    bodies = [(folder / "golden" / entry["file"]).read_bytes() for entry in entries]
-    context.take(
-        [
-            {"body": {"content-type": kinds[entry["kind"]]}, "explain": "False", "X-Top-K": str(count)}
-            for entry in entries
-        ]
-    )
-    requests = [
-        {"body": json.loads(body) if entry["kind"] == "json" else bytearray(body)}
-        for entry, body in zip(entries, bodies, strict=True)
-    ]
-    answers = handler.handle(requests, context)
-    print(json.dumps([json.loads(answer) for answer in answers]))
+
+    def ask(entries: list[dict[str, Any]], headers: dict[str, str]) -> list[Any]:
+        """The parsed answers to one batch of golden examples."""
+        kinds = {"image": "application/octet-stream", "json": "application/json"}
+        context.take([{"body": {"content-type": kinds[entry["kind"]]}, **headers} for entry in entries])
+        bodies = [(entry["kind"], (folder / "golden" / entry["file"]).read_bytes()) for entry in entries]
+        requests = [{"body": json.loads(body) if kind == "json" else bytearray(body)} for kind, body in bodies]
+        return [json.loads(answer) for answer in handler.handle(requests, context)]
+
+    answers = ask(entries, {"explain": "False", "X-Top-K": str(count)})
+    explanations = {}
+    if handler.explainer is not None:
+        handler.explainer.limit = float("inf")  # how fast this machine is now says nothing of the archive
+        for method in handler.explainer.methods:
+            steps = {"X-Explain-Steps": str(STEPS)} if method == "integrated-gradients" else {}
+            wanted = {"X-Explain-Method": method, "X-Top-K": str(count), **steps}
+            [explanations[method]] = ask(entries[:1], {"explain": "True", **wanted})
+    print(json.dumps({"answers": answers, "explanations": explanations}))
 
 
 if __name__ == "__main__":

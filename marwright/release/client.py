@@ -114,14 +114,11 @@ class Client:
         `content_type` is for REST; over gRPC the handler looks at the body.
         """
         wanted = controls or {}
-        fields: dict[str, bytes | str] = {"data": body, **wanted}
         if grpc:
             call = self.explain_grpc if explain else self.predict_grpc
-            return call(model, fields, version=version, timeout=timeout)
+            return call(model, {"data": body, **wanted}, version=version, timeout=timeout)
         post = self.explain if explain else self.predict
-        if not all(value.isascii() and value.isprintable() for value in wanted.values()):  # a label no header can hold
-            return post(model, fields=fields, version=version, timeout=timeout)
-        headers = {CONTROLS[name]: value for name, value in wanted.items()}
+        headers = {CONTROLS[name]: _header(value) for name, value in wanted.items()}
         return post(model, body, version=version, headers=headers, content_type=content_type, timeout=timeout)
 
     def predict(self, model: str, body: Body = b"", **how: Unpack[Rest]) -> Answer:
@@ -407,6 +404,11 @@ def _name(model: str) -> str:
             hint="give the model another name",
         )
     return quote(model, safe="")
+
+
+def _header(value: str) -> str:
+    """A label that no header can hold travels percent-encoded; the handlers understand both."""
+    return value if value.isascii() and value.isprintable() and value == value.strip() else quote(value, safe="")
 
 
 def _bare(file_name: str) -> str:
