@@ -7,6 +7,7 @@ stand-in for a worker that packaging uses (`clean_worker.Context`) is held again
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -15,9 +16,10 @@ from typing import Any
 import pytest
 import yaml
 
+from handlers.metrics import METRICS
 from marwright.packing import clean_worker, container
 from tests.archives import Built
-from tests.handlers.context import FakeContext, Sent
+from tests.handlers.context import FakeContext, KnownMetrics, Sent
 
 CHILD = """
 import json, struct, sys
@@ -154,7 +156,29 @@ def test_each_stand_in_has_what_the_real_context_has(kind: str, digits: Built, t
     assert ours.get_response_status(1)[0] == real.get_response_status(1)[0] == 200
     assert ours.system_properties.items() <= real.system_properties.items()
     assert ours.model_name == real.model_name
+    assert ours.metrics is real.metrics is None
     assert ours.model_yaml_config == real.model_yaml_config
+
+
+@pytest.mark.filterwarnings("ignore:unclosed file.*metrics.yaml:ResourceWarning")  # torchserve leaves it open
+def test_the_stand_in_for_metrics_is_like_the_real_cache(caplog: pytest.LogCaptureFixture) -> None:
+    """The shipped metrics file, read by TorchServe's own code: the same counters, labels and refusals."""
+    from ts.metrics.metric_cache_yaml_impl import MetricsCacheYamlImpl
+
+    path = Path(__file__).parent.parent / "deploy" / "metrics.yaml"
+    real, ours = MetricsCacheYamlImpl(config_file_path=str(path)), KnownMetrics(path)
+    real.initialize_cache()
+    for name, _, labels in (row for metric in METRICS for row in metric.declared()):
+        assert real.get_metric(name).dimension_names == ours.get_metric(name).dimension_names == labels
+    for cache in (real, ours):
+        with pytest.raises(KeyError):
+            cache.get_metric("marwright_nothing")
+    with caplog.at_level(logging.INFO):
+        real.get_metric("marwright_decode_seconds_bucket").add_or_update(3, ["digits", "1.0", "+Inf"])
+    line = caplog.records[-1].getMessage()
+    assert line.startswith(
+        "[METRICS]marwright_decode_seconds_bucket.Count:3|#model_name:digits,model_version:1.0,le:+Inf|"
+    )
 
 
 class _Deaf:
