@@ -7,6 +7,7 @@ envelope (docs of the handlers); both become the same `Answer` and the same `Ser
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -50,15 +51,18 @@ class Answer:
         value = _parsed(body)
         if isinstance(value, dict) and {"prediction", "status", "model", "version"} <= value.keys():
             if int(value["status"]) >= 400:
-                raise_refusal(what, int(value["status"]), value["prediction"])
+                refusal = {"reason": value["reason"]} if "reason" in value else value["prediction"]
+                raise_refusal(what, int(value["status"]), refusal)
+            kind = value.get("content_type")  # said of bytes alone, which JSON can hold as base64 only
             return cls(
-                body=_as_rest_sends(value["prediction"]),
+                body=base64.b64decode(value["prediction"]) if kind else _as_rest_sends(value["prediction"]),
                 status=int(value["status"]),
                 model=str(value["model"]),
                 version=str(value["version"]),
                 bundle=str(value.get("bundle", "")),
                 request_id=str(value.get("request_id", "")),
                 worker=int(value.get("worker", 0)),
+                content_type=kind or "application/json",
             )
         if isinstance(value, dict) and value.keys() == {"code", "reason"} and int(value["code"]) >= 400:
             raise_refusal(what, int(value["code"]), value)
