@@ -41,12 +41,17 @@ def run(main: Callable[[Any], int], settings: type[Any], argv: Sequence[str], *,
 
 def print_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Aligned columns on standard output, wider than the terminal rather than cut."""
-    table = Table(box=None, pad_edge=False)
+    Console(width=1000).print(table(titles, rows))
+
+
+def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """Aligned columns, for rich."""
+    made = Table(box=None, pad_edge=False)
     for title in titles:
-        table.add_column(title, no_wrap=True)
+        made.add_column(title, no_wrap=True)
     for row in rows:
-        table.add_row(*map(Text, row))  # a label may hold what rich would take for markup
-    Console(width=1000).print(table)
+        made.add_row(*map(Text, row))  # a label may hold what rich would take for markup
+    return made
 
 
 def _exit_code(error: MarwrightError) -> int:

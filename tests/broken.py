@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import yaml
 
 from handlers.spec import ModelSpec
 from marwright import files
@@ -36,10 +37,18 @@ from __future__ import annotations
 
 import os
 import time
+from pathlib import Path
 
 import numpy as np
 
 from handlers import base
+
+
+def of_a_caller(request):
+    """A picture that is no golden example: neither the rollout nor its holdout sends such a one."""
+    sent = request.payload.instances[0] if request.payload else b""
+    golden = [path.read_bytes() for path in Path("golden").iterdir()]
+    return bytes(sent)[1:4] == b"PNG" and bytes(sent) not in golden
 
 
 class ImageClassifier(base.BatchHandler):
@@ -121,6 +130,23 @@ def _answer(self, request, sheet):
 """
 """500 for one request in twenty, once the golden examples are over."""
 
+FAILS_FOR_CALLERS = """
+def _answer(self, request, sheet):
+    if of_a_caller(request):
+        raise ZeroDivisionError("the mean of an empty crop")
+    return super()._answer(request, sheet)
+"""
+
+IS_UNSURE_FOR_CALLERS = """
+def inference(self, batch):
+    outputs = super().inference(batch)
+    probabilities = outputs["probabilities"].copy()
+    for request in filter(of_a_caller, batch.requests):
+        probabilities[request.rows] = 0.2 * probabilities[request.rows] + 0.8 / probabilities.shape[1]
+    return outputs | {"probabilities": probabilities}
+"""
+"""The best label stays the best one."""
+
 
 def build(
     store: Path,
@@ -156,6 +182,13 @@ def build(
     )
     files.write_json(store / records.record_name(record.file), asdict(record))
     return record
+
+
+def count_nothing(members: dict[str, bytes]) -> None:
+    """Its handler's metrics are switched off."""
+    config = yaml.safe_load(members["model-config.yaml"])
+    config["handler"] = {**config.get("handler", {}), "metrics": False}
+    members["model-config.yaml"] = yaml.safe_dump(config).encode()
 
 
 def shuffle_labels(members: dict[str, bytes]) -> None:

@@ -6,6 +6,7 @@ the while somebody asks the default URL: whatever a challenger does, its callers
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import re
@@ -15,11 +16,12 @@ import time
 import tomllib
 import zipfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from marwright.errors import MarwrightError, RolledBack
 from marwright.learning import data, recipe, training
@@ -29,7 +31,7 @@ from marwright.release.gate import Verdict
 from marwright.settings import RolloutSettings
 from scripts import rollback as rollback_verb
 from scripts import rollout as verb
-from tests import archives, broken, rollouts
+from tests import archives, broken, rollouts, torchserve
 from tests.archives import ROOT, Built
 from tests.rollouts import Stage
 
@@ -176,12 +178,16 @@ CASES = (
 
 
 class Caller:
-    """Somebody who asks the default URL ten times a second, each time for another golden example."""
+    """Somebody who asks the default URL again and again, each time for another golden example, or as told."""
 
-    def __init__(self, stage: Stage) -> None:
+    def __init__(
+        self, stage: Stage, *, every: float = 0.1, model: str = "digits", bodies: Sequence[bytes] = ()
+    ) -> None:
         self.versions: Counter[str] = Counter()
         self.failed: list[str] = []
-        self._bodies = [example.body for example in golden.read(stage.store / stage.record("1.0").file)]
+        self._every = every
+        self._model = model
+        self._bodies = bodies or examples_of(stage)
         self._stop = threading.Event()
         self._stage = stage
         self._thread = threading.Thread(target=self._ask)
@@ -197,13 +203,28 @@ class Caller:
     def _ask(self) -> None:
         turn = 0
         with self._stage.client() as client:
-            while not self._stop.wait(0.1):
+            while not self._stop.wait(self._every):
                 try:
-                    answer = client.predict("digits", self._bodies[turn % len(self._bodies)], timeout=5.0)
+                    answer = client.predict(self._model, self._bodies[turn % len(self._bodies)], timeout=5.0)
                     self.versions[answer.version] += 1
                 except MarwrightError as error:
                     self.failed.append(str(error))
                 turn += 1
+
+
+def examples_of(stage: Stage) -> list[bytes]:
+    return [example.body for example in golden.read(stage.store / stage.record("1.0").file)]
+
+
+def pictures(stage: Stage) -> list[bytes]:
+    """The golden examples' pictures in other bytes: what no part of a rollout asks for."""
+    found = []
+    for body in examples_of(stage):
+        stream = io.BytesIO()
+        Image.open(io.BytesIO(body)).save(stream, "PNG", compress_level=0)
+        found.append(stream.getvalue())
+    assert not set(found) & set(examples_of(stage))
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -318,9 +339,73 @@ def test_what_goes_wrong_only_after_the_switch_is_taken_back(stage: Stage, calle
     assert caller.versions.keys() == {champion, "3.0"}
 
 
-def test_a_good_version_passes_the_same_limits(stage: Stage, caller: Caller) -> None:
+@pytest.mark.parametrize(
+    ("version", "bug", "says"),
+    [
+        (
+            "3.1",
+            broken.FAILS_FOR_CALLERS,
+            r"watched: error rate: 3\.1 answered \d+ of \d+ requests with 5xx, [\d.]+%, limit 0\.00%",
+        ),
+        (
+            "3.2",
+            broken.IS_UNSURE_FOR_CALLERS,
+            r"watched: mean confidence is 0\.\d+, 1\.0 had 0\.\d+: 0\.\d+ lower, limit 0\.2",
+        ),
+    ],
+    ids=["fails", "is unsure"],
+)
+def test_what_only_callers_see_is_taken_back(stage: Stage, caller: Caller, version: str, bug: str, says: str) -> None:
+    """Golden examples and the holdout are answered rightly all the time: only its own counts tell on it."""
     champion = stage.released().version
+    broken.build(stage.store, stage.record("1.0"), version, bug=bug)
+    limits = {"shadow": FEW, "watch": {"seconds": 90.0, "every": 0.2}}
+    with Caller(stage, every=0.01, bodies=pictures(stage)) as strange, pytest.raises(RolledBack, match=says):
+        verb.rolled_out(stage.settings(version, policy=policy(stage, limits)))
+    assert strange.versions[champion] > 0
+    assert bool(strange.failed) == (bug == broken.FAILS_FOR_CALLERS)
+    assert stage.entries("rolled back")[-1].detail["innocent"] is False
+    goes_on(stage, champion)
+    assert caller.versions.keys() == {champion, version}
+
+
+def test_a_version_that_counts_nothing_is_watched_by_golden_examples_alone(
+    stage: Stage, caller: Caller, capsys: pytest.CaptureFixture[str]
+) -> None:
+    champion = stage.released().version
+    broken.build(stage.store, stage.record("1.0"), "3.3", change=broken.count_nothing)
+    assert verb.rolled_out(stage.settings("3.3", policy=policy(stage, {"shadow": FEW}))).phase == "settled"
+    assert "digits 3.3 counts nothing: watched by golden examples and restarts alone" in capsys.readouterr().err
+    watched = [entry for entry in stage.entries("rollout") if entry.detail["phase"] == "watched"]
+    assert watched[-1].detail["watched_requests"] is None
+    rollback_verb.main(stage.rollback())
+    goes_on(stage, champion)
+
+
+@pytest.fixture
+def failing(stage: Stage) -> Iterator[Caller]:
+    """Another model of the same server, and somebody who gets nothing but 5xx from it."""
+    fails = "def handle(data, context):\n    raise ValueError\n"
+    name = torchserve.write_archive(stage.store, "neighbour", "1.0", handler=fails)
+    with stage.client() as client:
+        client.register(name, initial_workers=1, synchronous=True, timeout=60)
+        with Caller(stage, model="neighbour") as made:
+            yield made
+        client.unregister("neighbour")
+    (stage.store / name).unlink()
+
+
+def test_a_good_version_passes_the_same_limits_whatever_its_neighbour_does(
+    stage: Stage, caller: Caller, failing: Caller
+) -> None:
+    champion = stage.released().version
+    before = len(failing.failed)
     outcome = verb.rolled_out(stage.settings("1.1", policy=policy(stage, {})))
+    assert len(failing.failed) > before
+    assert not failing.versions
+    watched = [entry for entry in stage.entries("rollout") if entry.detail["phase"] == "watched"]
+    assert watched[-1].detail["watched_requests"] >= 3 * len(examples_of(stage)), "to the last one of its own"
+    assert watched[-1].detail["watched_errors"] == 0
     assert (outcome.phase, outcome.was) == ("settled", champion)
     assert (stage.released().version, stage.released().proven) == ("1.1", True)
     assert verdict(stage, "digits", "1.1").outcome == "pass"
