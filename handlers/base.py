@@ -167,26 +167,25 @@ class BatchHandler:
     def explain(self, batch: Batch, outputs: dict[str, NDArray[Any]]) -> None:
         """One by one, in order. What does not fit into `limits.explain_seconds` any more is refused with 429, so that
         neighbours wait no longer than that (or twice that, should the worker have become slower than it was)."""
-        begun = time.monotonic()
+        spent = 0.0
         for index, request in enumerate(batch.requests):
             ask = request.payload.ask if request.payload is not None and request.error is None else None
             if ask is None or self.explainer is None:
                 continue
-            output = outputs[self.spec.outputs[0]][request.rows.start]
+            row = request.rows.start
+            output = outputs[self.spec.outputs[0]][row]
             if not np.isfinite(output).all():
                 continue  # it has no answer that could be explained
-            started = time.monotonic()
+            begun = time.monotonic()
             try:
-                self.explainer.fit_in(ask, started - begun)
-                row = batch.array[request.rows.start]
-                deadline = self.explainer.deadline(begun)
-                request.explanation = self.explainer.explain(row, ask, int(output.argmax()), deadline)
-                self.meters.explained(time.monotonic() - started)
+                request.explanation = self.explainer.explain(batch.array[row], ask, int(output.argmax()), spent)
+                self.meters.explained(time.monotonic() - begun)
             except BadRequest as error:
                 request.error = error
             except Exception:
-                _log.exception("request %s of a batch could not be explained", index)
+                _log.exception("explaining request %s of the batch failed", index)
                 request.error = BadRequest(500, _OURS)
+            spent += time.monotonic() - begun
 
     def postprocess(self, batch: Batch, outputs: dict[str, NDArray[Any]], context: Any) -> list[bytes]:
         """Bodies, statuses and headers."""
@@ -308,9 +307,12 @@ class BatchHandler:
         if isinstance(value, bytes):
             if not request.meta:
                 return value
+            said = {"content_type": request.content_type}
             value = base64.b64encode(value).decode("ascii")
         elif not request.meta:
             return answers.encode(value)
+        else:
+            said = {}
         document = {
             "prediction": value if error is None else None,
             "status": 200 if error is None else error.status,
@@ -319,5 +321,6 @@ class BatchHandler:
             "bundle": self.bundle.digest,
             "worker": os.getpid(),
             "request_id": context.get_request_id(index),
+            **said,
         }
         return answers.encode(document if error is None else {**document, "reason": error.reason})

@@ -2,7 +2,7 @@
 
     ask = Ask.read({"method": "occlusion", "target": "cat"}, spec)      # BadRequest 400 or 422
     explainer.admit(ask)                                                # BadRequest 413 if it takes too long
-    found = explainer.explain(row, ask, index, deadline)
+    found = explainer.explain(row, ask, index)
     found.attributions                                                  # float32 C×H×W, 1×H×W or F
 
 | method               | what a number says                                              | steps (default)        |
@@ -167,23 +167,16 @@ class Explainer:
         self.correction = 1 + (self.correction - 1) * 0.8
         raise BadRequest(413, reason)
 
-    def fit_in(self, ask: Ask, spent: float) -> None:
-        """`BadRequest` 429 where `spent` seconds on a batch's earlier explanations leave too few for this one."""
-        if spent + self.seconds(ask) > self.limit:
-            raise BadRequest(429, "the explanations that came before took the time there is for them; try again")
-
-    def deadline(self, begun: float) -> float:
-        """When the explanations of a batch that were begun at `begun` stop in any case."""
-        return begun + _OVERRUN * self.limit
-
-    def explain(self, row: NDArray[Any], ask: Ask, index: int, deadline: float = math.inf) -> Explanation:
+    def explain(self, row: NDArray[Any], ask: Ask, index: int, spent: float = 0.0) -> Explanation:
         """Attributions of one input (uint8 C×H×W or float32 F), which is left as it is.
 
-        `index` is the class where `ask` names none. `deadline` is on `time.monotonic`'s clock: `BadRequest` 429 once
-        it is past; 500 where the net has no finite slope.
+        `index` is the class where `ask` names none; `spent` are the seconds that the batch's earlier explanations took.
+        `BadRequest` 429 where too few are left, or turn out to be; 500 where the net has no finite slope.
         """
+        if spent and spent + self.seconds(ask) > self.limit:
+            raise BadRequest(429, "the explanations that came before took the time there is for them; try again")
         began = time.monotonic()
-        self._deadline = deadline
+        self._deadline = began + _OVERRUN * self.limit - spent
         try:
             found = self._explain(row, ask, index if ask.target is None else ask.target)
         finally:
