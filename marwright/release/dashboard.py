@@ -213,7 +213,7 @@ ROWS: tuple[tuple[str, tuple[Plot, ...]], ...] = (
             Plot(
                 "Answers by TorchServe",
                 "reqps",
-                tuple((f"sum(rate(Requests{code}[$__rate_interval]))", code.lower()) for code in ("2XX", "4XX", "5XX")),
+                (("sum by (code) (instance_code:torchserve_answers:rate5m)", "{{code}}"),),
                 "All of its ports, and what never reached a handler: 503 is a full queue or no ready worker.",
             ),
             Plot(
