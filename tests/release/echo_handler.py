@@ -35,6 +35,9 @@ class EchoHandler:
                 name: value.decode("latin-1") if isinstance(value, bytes) else value for name, value in fields.items()
             },
             "explain": str(context.get_request_header(at, "explain")),
+            "asked": {
+                name: value for name, value in context.get_all_request_header(at).items() if name.startswith("X-")
+            },
             "unicode": "Grüße",
         }
         refusal = {"code": status, "reason": "the request asked for a refusal"}

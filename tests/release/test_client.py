@@ -112,6 +112,30 @@ def test_explanations_are_asked_for_and_kserve_bodies_pass(echo: Client) -> None
     assert echo.ready_kserve_v1("echo")
 
 
+def test_controls_travel_as_headers_over_rest_and_as_fields_over_grpc(echo: Client) -> None:
+    controls = {"method": "saliency", "target": "längs", "top_k": "3"}
+    rest = echo.ask("echo", b"x", explain=True, controls=controls).json()
+    assert (rest["explain"], rest["fields"]) == ("True", {"body": "x"})
+    assert rest["asked"] == {"X-Explain-Method": "saliency", "X-Explain-Target": "l%C3%A4ngs", "X-Top-K": "3"}
+    grpc = echo.ask("echo", b"x", explain=True, grpc=True, controls=controls, version="1.0")
+    assert grpc.version == "1.0"
+    fields = grpc.json()["fields"]
+    assert fields.pop("target").encode("latin-1").decode() == "längs"
+    assert fields == {"data": "x", "explain": "1", "meta": "1", "method": "saliency", "top_k": "3"}
+    assert echo.ask("echo", b"x").json()["explain"] == "False"
+
+
+def test_bytes_come_out_of_a_grpc_envelope_as_rest_gives_them() -> None:
+    told = {"status": 200, "model": "digits", "version": "1.0"}
+    picture = json.dumps({**told, "prediction": "iVBORw==", "content_type": "image/png"}).encode()
+    found = Answer.from_envelope(picture, what="test")
+    assert (found.body, found.content_type) == (b"\x89PNG", "image/png")
+    refusal = json.dumps({**told, "status": 501, "prediction": None, "reason": "no explanations"}).encode()
+    with pytest.raises(ServerRefused, match="501: no explanations") as caught:
+        Answer.from_envelope(refusal, what="test")
+    assert "explain = true" in caught.value.hint
+
+
 def test_a_stream_is_its_pieces(echo: Client) -> None:
     (answer,) = echo.stream_grpc("echo", {"data": b"x"})
     assert answer.json()["fields"]["data"] == "x"
