@@ -131,6 +131,11 @@ class _Batch(NamedTuple):
     inference: float
     handle: float
 
+    @property
+    def bytes(self) -> int:
+        """About what it keeps in memory."""
+        return 200 * len(self.requests) + self.first.nbytes + (0 if self.pixels is None else self.pixels.nbytes)
+
 
 class Meters:
     """One worker's counts. The worker's thread calls; `flush` may be called from any. None of it raises."""
@@ -233,8 +238,9 @@ class Meters:
         if isinstance(self._spec.input, ImageInput):
             # A copy: a view would keep the whole of a large picture in memory.
             pixels = array[:, :, :: self._step, :: self._step].copy() if self._step > 1 else array
-        self._put += first.nbytes + (0 if pixels is None else pixels.nbytes)
-        self._batches.append(_Batch(kept, first, pixels, inference, handle))
+        batch = _Batch(kept, first, pixels, inference, handle)
+        self._put += batch.bytes
+        self._batches.append(batch)
         if self._put - self._taken > _WAITING:
             self.flush()
 
@@ -265,7 +271,7 @@ class Meters:
     def _grown(self) -> dict[Series, float]:
         """Take what waits and make figures of it."""
         batches, explained, lost = (_taken(waiting) for waiting in (self._batches, self._explained, self._lost))
-        self._taken += sum(one.first.nbytes + (0 if one.pixels is None else one.pixels.nbytes) for one in batches)
+        self._taken += sum(one.bytes for one in batches)
         grown: dict[Series, float] = {}
         self._count_request(grown, "predict", 503, sum(lost))
         self._observe(grown, "marwright_explain_seconds", explained)
