@@ -255,6 +255,7 @@ def test_npy_and_png_come_as_bytes_and_with_meta_as_base64(digits: Any) -> None:
     for format, body in ((b"npy", npy.body), (b"png", png.body)):
         said = ask(*digits, Sent({**fields, "format": format}, GRPC)).json
         assert (said["status"], base64.b64decode(said["prediction"])) == (200, body)
+        assert said["content_type"] == ("image/png" if format == b"png" else "application/octet-stream")
     assert _near(ask(*digits, Sent(fields, GRPC)).json["prediction"], plain.json)
 
 
