@@ -103,6 +103,22 @@ def test_a_torchvision_net_cannot_be_served_eagerly() -> None:
     assert "and one of alexnet" in refused(net__name="torchvision:resnet19")
 
 
+def test_a_torchvision_net_has_no_twin_that_a_worker_could_load() -> None:
+    with pytest.raises(SettingsError, match=r"serving\.explain is true; allowed with a torchvision net: false"):
+        recipe.load("transfer", recipes_dir=RECIPES, overrides={"serving.explain": True})
+
+
+def test_explanations_and_their_time_are_the_recipes_choice() -> None:
+    given = {"serving.explain": True, "serving.limits.explain_seconds": 0.5}
+    chosen = recipe.load("images", recipes_dir=RECIPES, overrides=given)
+    assert (chosen.serving.explain, chosen.limits.explain_seconds) == (True, 0.5)
+    assert not recipe.load("images", recipes_dir=RECIPES).serving.explain
+    for name in ("digits", "cifar10", "cifar10-resnet", "mnist", "mnist-28", "diabetes-mlp", "diabetes-linear"):
+        assert recipe.load(name, recipes_dir=RECIPES).serving.explain
+    with pytest.raises(SettingsError, match=r"serving\.limits\.explain_seconds is 0"):
+        recipe.load("images", recipes_dir=RECIPES, overrides={"serving.limits.explain_seconds": 0})
+
+
 def test_an_unknown_recipe_lists_those_there_are() -> None:
     with pytest.raises(SettingsError) as caught:
         recipe.load("digit", recipes_dir=RECIPES)
