@@ -60,18 +60,21 @@ def main(settings: StatusSettings) -> int:
     return 0
 
 
-def against_journal(places: Places, serving: dict[tuple[str, str], ModelStatus]) -> list[str]:
-    """Where the server differs from the journal, a sentence each."""
-    found = []
+def against_journal(places: Places, serving: dict[tuple[str, str], ModelStatus], *, changing: bool = True) -> list[str]:
+    """Where the server differs from the journal, a sentence each; of a model that is being changed only that it is.
+
+    Without `changing`, not even that.
+    """
+    held_now, found = [], []
     with journal.open(places.store) as book:
         for model in book.releases():
             held = {version: status for (name, version), status in serving.items() if name == model}
             holder = turns.holder(places.store, model)
             if holder:
-                found.append(f"{model} is being changed: {holder}")
+                held_now.append(f"{model} is being changed: {holder}")
                 continue
             found += [each.sentence for each in reconcile.differences(book, model, held)]
-    return [*found, *(["`marwright reconcile` mends that"] if found else [])]
+    return [*(held_now if changing else ()), *found, *(["`marwright reconcile` mends that"] if found else [])]
 
 
 def table(places: Places, serving: dict[tuple[str, str], ModelStatus], server: Server | None) -> list[Row]:

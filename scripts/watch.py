@@ -138,7 +138,7 @@ class Eye:
                 released = {name: one for name, one in book.releases().items() if self._wanted(name)}
                 rollouts = [line for model in released for line in self._rollout(book, model)]
             if asked:
-                attention += status.against_journal(settings, serving)
+                attention += status.against_journal(settings, serving, changing=False)
         except MarwrightError as error:
             attention.append(str(error))
         mine = {key: one for key, one in serving.items() if self._wanted(key[0])}
@@ -200,7 +200,7 @@ class Eye:
             row,
             ready=held.ready_workers,
             wanted=held.min_workers,
-            pids=tuple(worker.pid for worker in held.workers),
+            pids=tuple(worker.pid for worker in held.workers if worker.pid > 0),  # none before it has started
             restarts=self._restarts.get(key, 0),
             **rates,
         )

@@ -117,7 +117,9 @@ def _verified(state: State, rig: Rig) -> dict[str, Any]:
 
 def _registered(state: State, rig: Rig) -> dict[str, Any]:
     rig.progress(f"loading {state.model} {state.version} beside {state.champion or 'nothing'}")
-    counted = measured.read(rig.client).of(state.model, state.champion) if state.champion else None
+    counted = None
+    if state.kind == "rollout" and state.champion is not None:  # a way back asks for no more than it needs
+        counted = measured.read(rig.client).of(state.model, state.champion)
     began = time.time()
     loading.register(rig.client, rig.challenger, seconds=rig.policy.server.call_seconds)
     found = rig.server.find()
@@ -228,7 +230,7 @@ def _gated(state: State, rig: Rig) -> dict[str, Any]:
 def _promoted(state: State, rig: Rig) -> dict[str, Any]:
     back = state.kind == "rollback"
     why = f"rollback from {state.champion}: {state.given.get('why', '')}" if back else f"rollout {state.id}"
-    before = measured.read(rig.client)
+    before = Snapshot(0.0) if back else measured.read(rig.client)
     counted = before.of(state.model, state.version)
     rig.book.add(state.model, state.version, "switching", why=why)
     rig.client.set_default(state.model, state.version)
@@ -237,6 +239,8 @@ def _promoted(state: State, rig: Rig) -> dict[str, Any]:
     serving.refresh(rig.config, rig.store)
     seen = proof.prove(rig.client, rig.challenger, rig.golden(state.version), pinned=False)
     rig.progress(f"{state.version} answers; {seen.examples} golden examples answered rightly on the default URL")
+    if back:
+        return {}
     return {
         "counted": counted.only(*watching.KEPT).to_list() if counted else [],
         "asked": before.asked.get((state.model, "default"), 0.0) + 2 * seen.examples,  # over REST and gRPC

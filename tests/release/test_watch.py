@@ -16,7 +16,9 @@ from typing import Any
 import psutil
 import pytest
 
-from marwright.errors import SettingsError
+from marwright.errors import ServerRefused, SettingsError
+from marwright.packing import golden
+from marwright.release import measured
 from marwright.settings import WatchSettings
 from scripts import rollback as rollback_verb
 from scripts import rollout as rollout_verb
@@ -79,7 +81,7 @@ def test_a_rollout_is_seen_as_it_goes(stage: Stage) -> None:
     answered = [next(version for version, row in look.items() if row["default"]) for look in rows]
     assert (answered[0], answered[-1]) == ("1.0", "1.1")
     assert answered == sorted(answered), "it switched once"
-    assert all(look["running"] and not look["attention"] for look in seen if not look["rollouts"])
+    assert all(look["running"] and not look["attention"] for look in seen)
     said = "\n".join(line for look in seen for line in look["rollouts"])
     held = r"for \d+ s, held by rollout of digits 1\.1, process \d+, since"
     assert re.search(rf"digits: rollout of 1\.1 \(was 1\.0\) in phase gated, {held}", said)
@@ -96,6 +98,33 @@ def test_a_rollout_is_seen_as_it_goes(stage: Stage) -> None:
         assert all(0.5 < row["confidence"] <= 1 and row["batch_size"] >= 1 for row in busy)
         assert len({tuple(row["pids"]) for row in busy}) == 1
     assert rollback_verb.main(stage.rollback()) == 0
+
+
+@pytest.mark.server
+def test_what_was_sent_between_two_pages_is_their_difference(stage: Stage) -> None:
+    bodies = [example.body for example in golden.read(stage.store / stage.record("1.0").file)]
+    with stage.client() as client:
+        before = measured.settled(client, "digits")
+        for number in range(10):
+            client.predict("digits", bodies[number], version="1.0" if number % 2 else None)
+        with pytest.raises(ServerRefused):
+            client.predict("digits", b"no picture")
+        client.predict_grpc("digits", {"data": bodies[0]})
+        client.describe("digits", "1.0", customized=True)
+        page = measured.settled(client, "digits", seconds=10.0)
+    between = page - before
+    found = between.of("digits", "1.0")
+    assert found is not None
+    refused = {status: count for (call, status), count in found.requests.items() if call == "predict" and count}
+    assert refused == {200: 11, 415: 1}
+    assert (found.answered, found.failed, found.starts) == (12, 0, 0)
+    assert {kind: count for (_, kind), count in found.errors.items() if count} == {"unsupported": 1}
+    assert sum(found.classes.values()) == found.histogram("confidence").count == 11
+    times = found.histogram("handle_seconds")
+    assert times.count == 12
+    assert 0 < times.quantile(0.5) <= times.quantile(0.99)
+    assert between.asked_of("digits") == 12, "TorchServe counts them at once, whichever version they name"
+    assert between.of("digits", "7.0") is None
 
 
 @pytest.mark.server
