@@ -46,6 +46,8 @@ def calls(record: ArchiveRecord, champion: str | None, limits: Policy, holdout: 
         add("proved", *proof, note=f"{golden}; it answers already")
         return plan
     add("verified", f"load {record.file} in a clean process", note=f"sha256 and {golden}")
+    if champion is not None:
+        add("registered", "GET /metrics", note=f"what {champion} has counted so far")
     add("registered", *describe, f"gRPC RegisterModel {record.file}", note=f"{record.workers} workers")
     add("ready", *describe, note=f"until {record.workers} READY, at most {limits.ready.seconds:g} s")
     add("ready", f"POST {pinned}", note=golden)
@@ -60,6 +62,7 @@ def calls(record: ArchiveRecord, champion: str | None, limits: Policy, holdout: 
             [gate.examples_at(look, limits.gate, count) for look in range(1, limits.gate.looks + 1)] if count else []
         )
         add("gated", *describe, *others, *both, note=f"labelled: {', then '.join(map(str, looks)) or 'none there!'}")
+    add("promoted", "GET /metrics", note="what it has counted so far")
     add("promoted", f"PUT /models/{model}/{version}/set-default", note="journalled before and after")
     add("promoted", f"GET /models/{model}", f"POST {default}", f"gRPC Predictions {model}", note=golden)
     watched = f"every {limits.watch.every:g} s for {limits.watch.seconds:g} s"

@@ -12,7 +12,7 @@
 | shadowed   | the same requests to both: errors, agreement, latency, memory                                         |
 | gated      | `gate.decide` on labelled examples; inconclusive means another look with more of them                 |
 | promoted   | the default switched, `released` in the journal, golden answers on the default URL                    |
-| watched    | for a time: golden answers, latency, worker restarts, errors of the server                            |
+| watched    | for a time: golden answers, worker restarts; errors, latency, confidence as its handlers count them   |
 | settled    | the old version owes no answer; it stays warm for the rollback window, then it is retired             |
 
 Each phase is in the journal before it begins and when it is done, and may be begun again: a rollout whose process was
