@@ -53,8 +53,8 @@ explain: $(STAMP) ## why it answers so, as explained.html: make explain IMAGE=ca
 	@$(if $(IMAGE),,echo "error: which picture? make explain IMAGE=cat.png"; exit 2;) \
 	$(BIN)/marwright explain '$(IMAGE)' $(model_option) $(if $(GRPC),--grpc) $(version_option) $(if $(OUT),--out '$(OUT)') $(if $(METHOD),--method $(METHOD)) $(if $(TARGET),--target '$(TARGET)')
 
-watch: $(STAMP) ## live view of versions, workers, rates, latencies, and the rollout that runs; Ctrl-C ends it
-	@$(BIN)/marwright watch $(model_option)
+watch: $(STAMP) ## live view of versions, workers, rates, latencies, and the rollout that runs; Ctrl-C or LOOKS=1 ends it
+	@$(BIN)/marwright watch $(model_option) $(if $(LOOKS),--looks $(LOOKS))
 
 exporter: $(STAMP) ## for Prometheus (deploy/prometheus.yml): what the journal says beside what the server does
 	@$(BIN)/marwright exporter

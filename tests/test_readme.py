@@ -22,6 +22,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 # What differs from what is typed, and why.
 INSTEAD = {
     "make test": "make test PYTEST_ARGS='-q tests/test_imports.py'",  # this is running in the whole suite already
+    "make watch": "make watch LOOKS=2",  # it would go on for ever
     "make serve RECIPE=images DATA=pictures.zip": "make serve RECIPE=images DATA=pictures.zip EPOCHS=2",
 }
 
@@ -69,6 +70,10 @@ def test_every_command_of_the_readme_works() -> None:
         assert "digits 1.0 is loaded" in said["make reconcile"] or "journal" in said["make reconcile"]
         assert "digits 1.2" in said["make retrain NEW=labelled"]
         assert "Longest pause between two answers" in said["make loadtest MODEL=digits RATE=50 SECONDS=5"]
+        assert "digits" in said["make watch"]
+        assert "integrated-gradients" in said["make explain IMAGE=cat.png"]
+        assert "<svg" in (page := (project.root / "explained.html").read_text(encoding="utf-8")) or "<img" in page
+        assert Image.open(project.root / "cat-explained.png").format == "PNG"
         assert "images" in said["make serve RECIPE=images DATA=pictures.zip"]
 
 

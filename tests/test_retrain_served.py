@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -71,5 +72,5 @@ def test_the_loop_goes_on_after_a_kill_and_stops_what_is_worse(project: Project)
     assert refused.returncode == 3, refused.stdout
     assert "gated: the gate says no" in refused.stdout
     again = project.shell(f"{RETRAIN} --every 1s --turns 2").stdout
-    assert again.count(": refused before: 1500 new examples; ") == 2
+    assert len(re.findall(r": refused before: .*1500 new examples; ", again)) == 2  # what it retired may come between
     assert "1.1" in project.shell("marwright status | grep answers").stdout
