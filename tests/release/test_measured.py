@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from urllib.parse import quote
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from marwright.release import measured
@@ -98,6 +98,7 @@ def test_hosts_are_added_up() -> None:
     assert found.answered == 10
 
 
+@settings(deadline=None)
 @given(st.text(max_size=200), st.text(alphabet='marwight_{}",=\\ 0123\n#', max_size=200))
 def test_no_page_is_too_odd(one: str, other: str) -> None:
     measured.parse(one + "\n" + other)
@@ -105,6 +106,7 @@ def test_no_page_is_too_odd(one: str, other: str) -> None:
     assert {("digits", "1.0"), ("digits", "1.1")} <= found.versions.keys()
 
 
+@settings(deadline=None)
 @given(st.text(min_size=1))
 def test_class_names_come_back(name: str) -> None:
     line = 'marwright_predictions_total{{class="{}",model_name="m",model_version="1"}} 2'
@@ -113,6 +115,7 @@ def test_class_names_come_back(name: str) -> None:
     assert found.classes == {name: 2}
 
 
+@settings(deadline=None)
 @given(figures, figures)
 def test_a_difference_and_what_was_before_make_what_is_now(earlier: Figures, more: Figures) -> None:
     every = earlier.counters.keys() | more.counters.keys()
@@ -124,6 +127,7 @@ def test_a_difference_and_what_was_before_make_what_is_now(earlier: Figures, mor
     assert now - Figures() == now
 
 
+@settings(deadline=None)
 @given(figures)
 def test_figures_survive_the_journal(one: Figures) -> None:
     back = Figures.from_list(json.loads(json.dumps(one.to_list())))
@@ -164,6 +168,7 @@ def test_quantiles_are_those_of_prometheus() -> None:
     assert math.isnan(Histogram({math.inf: 4.0}, 1.0, 4.0).quantile(0.5))
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0.0, 12.0), min_size=1, max_size=60), st.floats(0.01, 1.0))
 def test_a_quantile_lies_in_the_bucket_of_the_true_one(observed: list[float], q: float) -> None:
     bounds = (0.1, 0.5, 1.0, 5.0)
@@ -174,6 +179,7 @@ def test_a_quantile_lies_in_the_bucket_of_the_true_one(observed: list[float], q:
     assert min(low, bounds[-1]) - 1e-6 <= found <= high + 1e-6
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0.0, 12.0), min_size=1, max_size=40), st.randoms(use_true_random=False))
 def test_a_later_page_less_an_earlier_one_is_the_histogram_of_what_came_between(
     observed: list[float], chance: random.Random
