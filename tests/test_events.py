@@ -66,6 +66,7 @@ def built(project: Project) -> list[str]:
 def test_first_archive_is_released_unproven(project: Project) -> None:
     said = project.make("archive", QUICK).stdout
     assert "built model_store/digits-1.0.mar" in said
+    assert " kB of it for explanations" in said
     assert "1.0 will answer at the next start" in said
     assert [(version, event) for version, event, _ in journal(project)] == [("1.0", "archived"), ("1.0", "released")]
     assert journal(project)[-1][2]["proven"] is False

@@ -241,3 +241,13 @@ def test_an_input_that_cannot_be_read_is_told_before_anything_is_asked(run: Run,
     code, _, said = run("digits", tmp_path / "missing.png")
     assert code == 1
     assert "missing.png cannot be read" in said
+
+
+@pytest.mark.server
+def test_a_batch_has_no_page(run: Run, regressor: Built, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.json"
+    rows.write_text(json.dumps([json.loads(regressor.golden[0].body)] * 2), encoding="utf-8")
+    code, _, said = run("diabetes-mlp", rows, "--out", str(tmp_path / "page.html"))
+    assert code == 1
+    assert "one row" in said
+    assert not (tmp_path / "page.html").exists()

@@ -183,10 +183,12 @@ def gather(
 
 def _decoded(body: bytes, spec: ModelSpec) -> NDArray[Any]:
     try:
-        sent = payloads.parse({"data": body}, Headers(), spec).instances
-        if len(sent) != 1:
-            raise DataError(f"the input holds {len(sent)} instances", hint="an explanation is of one: send one")
-        return instances.array(sent[0], spec)
+        payload = payloads.parse({"data": body}, Headers(), spec)
+        if payload.form != "stock":
+            raise DataError(
+                "the input is a batch or in a form of KServe's", hint="explain one picture or one row, sent as it is"
+            )
+        return instances.array(payload.instances[0], spec)
     except BadRequest as error:
         raise DataError(f"the input cannot be shown: {error.reason}") from None
 
