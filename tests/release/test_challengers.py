@@ -385,7 +385,7 @@ def test_a_version_that_counts_nothing_is_watched_by_golden_examples_alone(
 @pytest.fixture
 def failing(stage: Stage) -> Iterator[Caller]:
     """Another model of the same server, and somebody who gets nothing but 5xx from it."""
-    fails = "def handle(data, context):\n    raise ValueError\n"
+    fails = "def handle(data, context):\n    if data:  # none while it is loaded\n        raise ValueError\n"
     name = torchserve.write_archive(stage.store, "neighbour", "1.0", handler=fails)
     with stage.client() as client:
         client.register(name, initial_workers=1, synchronous=True, timeout=60)
