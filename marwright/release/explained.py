@@ -201,10 +201,9 @@ def table(found: Explained) -> tuple[Sequence[str], list[tuple[str, ...]]]:
     titles = ("method", "target", "baseline", "sum", "delta", "ms")
     rows: list[tuple[str, ...]] = []
     for each in found.explanations:
-        delta = "" if each.delta is None else f"{each.delta:.2g}"
-        rows.append(
-            (each.method, each.target, each.baseline or "", f"{each.total:.4g}", delta, f"{each.milliseconds:.0f}")
-        )
+        # Of other methods than integrated gradients a sum says nothing.
+        sums = ("", "") if each.delta is None else (f"{each.total:.4g}", f"{each.delta:.2g}")
+        rows.append((each.method, each.target, each.baseline or "", *sums, f"{each.milliseconds:.0f}"))
     return titles, rows
 
 
@@ -225,7 +224,7 @@ def page(found: Explained, *, title: str) -> str:
                 each.output,
                 each.baseline or "–",
                 each.steps,
-                each.total,
+                None if each.delta is None else each.total,
                 each.delta,
                 round(each.milliseconds, 1),
             )
