@@ -147,7 +147,7 @@ class ExplainSettings(Places):
     target: str | None = None
     """Class to explain, by its label or index; the best one when not given."""
     baseline: str | None = None
-    """What counts as nothing: black, mean, blur for pictures, mean or zero for rows; the method's own when not given."""
+    """What counts as nothing: black, mean, blur or white for pictures, mean or zero for rows."""
     grpc: bool = False
     """Over gRPC instead of REST."""
 
