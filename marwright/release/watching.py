@@ -8,7 +8,7 @@ from __future__ import annotations
 from marwright.release.measured import Figures, Histogram
 from marwright.release.policy import WatchPolicy
 
-KEPT = ("requests_total", "handle_seconds", "confidence")
+KEPT = ("requests_total", "handle_seconds", "batch_size", "confidence")
 """The metrics that are looked at, and remembered in the journal for it."""
 
 
@@ -29,13 +29,17 @@ def complaint(
         )
     if before is None or asked < limits.min_requests:
         return ""
+    # Where callers come faster than before, batches are larger and take longer, whichever version answers them.
+    ours, theirs = _pair("batch_size", counted, before)
+    larger = max(1.0, ours.mean / theirs.mean) if ours.count and theirs.count else 1.0
     for name, q, limit in (("median", 0.5, limits.max_latency_ratio), ("p99", 0.99, limits.max_p99_ratio)):
         ours, theirs = _pair("handle_seconds", counted, before)
         now, then = ours.quantile(q), theirs.quantile(q)
-        if theirs.count >= limits.min_requests and now > limit * then:  # false for NaN
+        if theirs.count >= limits.min_requests and now > limit * larger * then:  # false for NaN
+            batches = f" in batches {larger:.1f} times as large" if larger > 1 else ""
             return (
                 f"{name} of handle_seconds is {now * 1000:.1f} ms, {champion} had {then * 1000:.1f} ms:"
-                f" {now / then:.2f} times, limit {limit:g}"
+                f" {now / then:.2f} times{batches}, limit {limit * larger:.3g}"
             )
     ours, theirs = _pair("confidence", counted, before)
     drop = theirs.mean - ours.mean

@@ -30,6 +30,12 @@ def counted(*, fine: int = 200, failed: int = 0, code: int = 500, seconds: float
     )
 
 
+def in_batches(of: float, seconds: float) -> Figures:
+    """As `counted`, in batches of so many requests."""
+    batches = {("batch_size_sum",): 200.0, ("batch_size_count",): 200.0 / of}
+    return Figures({**counted(seconds=seconds).counters, **batches})
+
+
 def doubtful(mean: float) -> Figures:
     return Figures({**counted().counters, ("confidence_sum",): 200 * mean})
 
@@ -70,6 +76,16 @@ def test_few_requests_say_nothing_of_speed_and_confidence(ours: Figures) -> None
     assert complaint(ours, asked=99) == ""
     assert complaint(ours, counted(fine=99)) == "", "of the champion"
     assert complaint(ours, limits=replace_limits(min_requests=201)) == ""
+
+
+def test_larger_batches_may_take_longer_as_they_are_larger() -> None:
+    before = in_batches(1, seconds=0.006)
+    assert complaint(in_batches(16, seconds=0.05), before) == ""
+    assert re.fullmatch(
+        r"median of handle_seconds is .* 7\.33 times in batches 2\.0 times as large, limit 6",
+        complaint(in_batches(2, seconds=0.05), before),
+    )
+    assert complaint(in_batches(1, seconds=0.05), in_batches(16, seconds=0.006)).endswith("limit 3"), "never less"
 
 
 def test_one_error_among_few_requests_is_one_too_many() -> None:
