@@ -20,11 +20,13 @@ regressor.
 from __future__ import annotations
 
 import atexit
+import itertools
 import logging
 import math
 import os
 import signal
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -124,8 +126,12 @@ class Counted(Protocol):
 
 
 class _Batch(NamedTuple):
-    requests: list[tuple[str, int, float, bool]]
-    """Call, status, seconds to decode, and whether it reached the forward pass."""
+    answers: dict[tuple[str, int], int]
+    """Requests by call and status."""
+    decode: list[float]
+    """Seconds, one for each predict request."""
+    reached: int
+    """Predict requests that came as far as the forward pass."""
     first: NDArray[Any]
     """The first output's rows, of predict requests."""
     pixels: NDArray[Any] | None
@@ -135,7 +141,7 @@ class _Batch(NamedTuple):
     @property
     def bytes(self) -> int:
         """About what it keeps in memory."""
-        return 200 * len(self.requests) + self.first.nbytes + (0 if self.pixels is None else self.pixels.nbytes)
+        return 500 + 32 * len(self.decode) + self.first.nbytes + (0 if self.pixels is None else self.pixels.nbytes)
 
 
 class Meters:
@@ -230,16 +236,26 @@ class Meters:
         handle: float,
     ) -> None:
         """What a request waits for: references, no figures."""
-        kept = [(one.call, one.status, one.seconds, one.rows.stop > 0) for one in requests]
+        answers: dict[tuple[str, int], int] = {}
+        decode: list[float] = []
+        reached = others = 0
+        for one in requests:
+            key = one.call, one.status
+            answers[key] = answers.get(key, 0) + 1
+            if one.call == "predict":
+                decode.append(one.seconds)
+                reached += one.rows.stop > 0
+            else:
+                others += one.rows.stop > 0
         first = outputs[self._spec.outputs[0]]
-        if any(call != "predict" and reached for call, _, _, reached in kept):
+        if others:
             mine = [one.rows for one in requests if one.call == "predict"]
             first, array = (np.concatenate([rows[:0], *(rows[part] for part in mine)]) for rows in (first, array))
         pixels = None
         if isinstance(self._spec.input, ImageInput):
             # A copy: a view would keep the whole of a large picture in memory.
             pixels = array[:, :, :: self._step, :: self._step].copy() if self._step > 1 else array
-        batch = _Batch(kept, first, pixels, inference, handle)
+        batch = _Batch(answers, decode, reached, first, pixels, inference, handle)
         self._put += batch.bytes
         self._batches.append(batch)
         if self._put - self._taken > _WAITING:
@@ -278,21 +294,23 @@ class Meters:
         self._observe(grown, "marwright_explain_seconds", explained)
         if batches:
             for part in (self._requests, self._answers, self._pictures):
+                time.sleep(0)  # a request that waits for the interpreter goes first
                 self._safely(partial(part, grown, batches))
         return grown
 
     def _requests(self, grown: dict[Series, float], batches: Sequence[_Batch]) -> None:
-        everything = [request for one in batches for request in one.requests]
-        for (call, status), count in Counter((call, status) for call, status, _, _ in everything).items():
+        answers: Counter[tuple[str, int]] = Counter()
+        for one in batches:
+            answers.update(one.answers)
+        for (call, status), count in answers.items():
             self._count_request(grown, call, status, count)
         # A call for the description comes alone and is no work for the model.
-        sizes = [sum(call != "describe" for call, _, _, _ in one.requests) for one in batches]
+        sizes = [sum(count for (call, _), count in one.answers.items() if call != "describe") for one in batches]
         self._observe(grown, "marwright_batch_size", [size for size in sizes if size])
-        decode = [seconds for call, _, seconds, _ in everything if call == "predict"]
-        self._observe(grown, "marwright_decode_seconds", decode)
-        asked = [sum(call == "predict" for call, _, _, _ in one.requests) for one in batches]
+        asked = [len(one.decode) for one in batches]
+        self._observe(grown, "marwright_decode_seconds", list(itertools.chain(*(one.decode for one in batches))))
         self._observe(grown, "marwright_handle_seconds", np.repeat([one.handle for one in batches], asked))
-        reached = [sum(call == "predict" and rows for call, _, _, rows in one.requests) for one in batches]
+        reached = [one.reached for one in batches]
         self._observe(grown, "marwright_inference_seconds", np.repeat([one.inference for one in batches], reached))
 
     def _answers(self, grown: dict[Series, float], batches: Sequence[_Batch]) -> None:
