@@ -51,7 +51,7 @@ predict: $(STAMP) ## ask the running server: make predict IMAGE=cat.png [GRPC=1]
 
 explain: $(STAMP) ## why it answers so, as explained.html: make explain IMAGE=cat.png [OUT=cat.html] [MODEL=cifar10] [METHOD=occlusion]
 	@$(if $(IMAGE),,echo "error: which picture? make explain IMAGE=cat.png"; exit 2;) \
-	$(BIN)/marwright explain '$(IMAGE)' $(model_option) $(if $(GRPC),--grpc) $(version_option) $(if $(OUT),--out '$(OUT)') $(if $(METHOD),--method $(METHOD)) $(if $(TARGET),--target '$(TARGET)')
+	$(BIN)/marwright explain --image '$(IMAGE)' $(model_option) $(if $(GRPC),--grpc) $(version_option) $(if $(OUT),--out '$(OUT)') $(if $(METHOD),--method $(METHOD)) $(if $(TARGET),--target '$(TARGET)')
 
 watch: $(STAMP) ## live view of versions, workers, rates, latencies, and the rollout that runs; Ctrl-C or LOOKS=1 ends it
 	@$(BIN)/marwright watch $(model_option) $(if $(LOOKS),--looks $(LOOKS))

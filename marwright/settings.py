@@ -134,8 +134,8 @@ class PredictSettings(Places):
 class ExplainSettings(Places):
     """Ask the running server why: its answer, and maps of what decided it, side by side in one page."""
 
-    input: Positional[Path]
-    """A picture, an .npy or .json file."""
+    image: Annotated[Path, tyro.conf.arg(aliases=["--input"])]
+    """A picture; or, for a regressor, a .json or .npy file with a row."""
     out: Path = Path("explained.html")
     """The self-contained page."""
     model: str | None = None

@@ -14,8 +14,8 @@ SETTINGS = ExplainSettings
 
 
 def main(settings: ExplainSettings) -> int:
-    body = predict.read(settings.input, hint="make explain IMAGE=picture.png")
-    kind = "application/json" if settings.input.suffix == ".json" else None
+    body = predict.read(settings.image, hint="make explain IMAGE=picture.png")
+    kind = "application/json" if settings.image.suffix == ".json" else None
     with live.client(settings) as client:
         model = settings.model or live.only_model(client)
         answer = client.ask(model, body, grpc=settings.grpc, version=settings.version, content_type=kind)
@@ -31,7 +31,7 @@ def main(settings: ExplainSettings) -> int:
             grpc=settings.grpc,
             content_type=kind,
         )
-    files.write_text(settings.out, explained.page(found, title=settings.input.name))
+    files.write_text(settings.out, explained.page(found, title=settings.image.name))
     if settings.json:
         print(json.dumps({**found.to_json(), "page": str(settings.out)}, ensure_ascii=False))
         return 0

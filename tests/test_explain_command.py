@@ -135,7 +135,7 @@ def run(home: torchserve.Home, capsys: pytest.CaptureFixture[str]) -> Run:
     def call(model: str, path: Path, *words: str) -> tuple[int, str, str]:
         places = ["--store", str(home.store), "--config", str(home.config_path), "--model", model]
         capsys.readouterr()
-        code = cli.run(explain.main, ExplainSettings, [str(path), *places, *words], prog="marwright explain")
+        code = cli.run(explain.main, ExplainSettings, ["--image", str(path), *places, *words], prog="marwright explain")
         return code, *capsys.readouterr()
 
     return call
