@@ -193,8 +193,8 @@ class Eye:
                 "errors_per_second": figures.failed / between.at,
                 "p50_seconds": _known(times.quantile(0.5)),
                 "p99_seconds": _known(times.quantile(0.99)),
-                "confidence": _known(figures.histogram("confidence").mean),
-                "batch_size": _known(figures.histogram("batch_size").mean),
+                "confidence": _known(figures.histogram("confidence").bucket_mean),
+                "batch_size": _known(figures.histogram("batch_size").bucket_mean),
             }
         return replace(
             row,

@@ -48,8 +48,26 @@ class Histogram:
 
     @property
     def mean(self) -> float:
-        """NaN without observations."""
+        """NaN without observations. See `bucket_mean`."""
         return self.sum / self.count if self.count else math.nan
+
+    @property
+    def observed(self) -> float:
+        """As `count`, from the buckets."""
+        return self.buckets.get(math.inf, 0.0)
+
+    @property
+    def bucket_mean(self) -> float:
+        """From the buckets alone, each observation in the middle of its own; what lies beyond the last bound, at it.
+
+        For short times: `sum` and `count` are metrics of their own, and one look may find one of them a second, and
+        hundreds of observations, older than the other. NaN without observations.
+        """
+        total = start = below = 0.0
+        for bound, up_to in sorted(self.buckets.items()):
+            total += (up_to - below) * (start if bound == math.inf else (start + bound) / 2)
+            start, below = bound, up_to
+        return total / self.observed if self.observed else math.nan
 
     def quantile(self, q: float) -> float:
         """As Prometheus' `histogram_quantile`: linear within a bucket, the last finite bound for what lies beyond it.

@@ -31,24 +31,28 @@ def complaint(
         return ""
     # Where callers come faster than before, batches are larger and take longer, whichever version answers them.
     ours, theirs = _pair("batch_size", counted, before)
-    larger = max(1.0, ours.mean / theirs.mean) if ours.count and theirs.count else 1.0
+    larger = max(1.0, ours.bucket_mean / theirs.bucket_mean) if ours.observed and theirs.observed else 1.0
     for name, q, limit in (("median", 0.5, limits.max_latency_ratio), ("p99", 0.99, limits.max_p99_ratio)):
         ours, theirs = _pair("handle_seconds", counted, before)
         now, then = ours.quantile(q), theirs.quantile(q)
-        if theirs.count >= limits.min_requests and now > limit * larger * then:  # false for NaN
+        if _enough(ours, theirs, limits) and now > limit * larger * then:  # false for NaN
             batches = f" in batches {larger:.1f} times as large" if larger > 1 else ""
             return (
                 f"{name} of handle_seconds is {now * 1000:.1f} ms, {champion} had {then * 1000:.1f} ms:"
                 f" {now / then:.2f} times{batches}, limit {limit * larger:.3g}"
             )
     ours, theirs = _pair("confidence", counted, before)
-    drop = theirs.mean - ours.mean
-    if theirs.count >= limits.min_requests and drop > limits.max_confidence_drop:
+    now, then = ours.bucket_mean, theirs.bucket_mean
+    if _enough(ours, theirs, limits) and then - now > limits.max_confidence_drop:
         return (
-            f"mean confidence is {ours.mean:.3f}, {champion} had {theirs.mean:.3f}: {drop:.3f} lower,"
+            f"mean confidence is {now:.3f}, {champion} had {then:.3f}: {then - now:.3f} lower,"
             f" limit {limits.max_confidence_drop:g}"
         )
     return ""
+
+
+def _enough(ours: Histogram, theirs: Histogram, limits: WatchPolicy) -> bool:
+    return min(ours.observed, theirs.observed) >= limits.min_requests
 
 
 def _pair(name: str, counted: Figures, before: Figures) -> tuple[Histogram, Histogram]:

@@ -54,6 +54,7 @@ def test_a_page_gives_each_versions_own_figures() -> None:
     times = found.histogram("handle_seconds")
     assert times.buckets == {0.01: 50, 0.1: 90, math.inf: 93}
     assert math.isclose(times.mean, 0.05)
+    assert math.isclose(times.bucket_mean, (50 * 0.005 + 40 * 0.055 + 3 * 0.1) / 93)
     assert (page.asked_of("digits"), page.answered_of("digits")) == (101, 100)
 
 
@@ -63,6 +64,7 @@ def test_what_is_not_counted_is_none_and_not_zero() -> None:
     found = measured.parse(PAGE).of("digits", "1.1")
     assert found is not None
     assert math.isnan(found.histogram("confidence").mean)
+    assert math.isnan(found.histogram("confidence").bucket_mean)
     assert math.isnan(found.histogram("confidence").quantile(0.5))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 import pytest
@@ -15,7 +16,7 @@ BOUNDS = (0.005, 0.01, 0.1, 1.0, float("inf"))
 
 
 def counted(*, fine: int = 200, failed: int = 0, code: int = 500, seconds: float = 0.004, slow: int = 0) -> Figures:
-    """`fine` requests of so many `seconds`, `slow` of which took half a second; and confidence 0.9."""
+    """`fine` requests of so many `seconds`, `slow` of which took half a second; and confidence 0.9 or so."""
     below = {bound: sum(each <= bound for each in [0.5] * slow + [seconds] * (fine - slow)) for bound in BOUNDS}
     buckets = {("handle_seconds_bucket", str(bound)): float(count) for bound, count in below.items()}
     return Figures(
@@ -24,20 +25,26 @@ def counted(*, fine: int = 200, failed: int = 0, code: int = 500, seconds: float
             ("requests_total", "predict", str(code)): float(failed),
             **buckets,
             ("handle_seconds_count",): float(fine),
-            ("confidence_sum",): fine * 0.9,
-            ("confidence_count",): float(fine),
+            **confident(0.9, fine),
         }
     )
 
 
+def confident(at: float, count: int) -> dict[tuple[str, ...], float]:
+    """All in the bucket around `at`."""
+    bounds = (round(at - 0.05, 2), round(at + 0.05, 2), math.inf)
+    return {("confidence_bucket", str(bound)): float(count * (bound > at)) for bound in bounds}
+
+
 def in_batches(of: float, seconds: float) -> Figures:
-    """As `counted`, in batches of so many requests."""
-    batches = {("batch_size_sum",): 200.0, ("batch_size_count",): 200.0 / of}
+    """As `counted`, in batches of so many requests or a little less."""
+    batches = {("batch_size_bucket", str(bound)): 200.0 / of * (bound >= of) for bound in (1, 2, 4, 8, 16, math.inf)}
     return Figures({**counted(seconds=seconds).counters, **batches})
 
 
 def doubtful(mean: float) -> Figures:
-    return Figures({**counted().counters, ("confidence_sum",): 200 * mean})
+    kept = {key: value for key, value in counted().counters.items() if key[0] != "confidence_bucket"}
+    return Figures({**kept, **confident(mean, 200)})
 
 
 def complaint(
@@ -82,10 +89,15 @@ def test_larger_batches_may_take_longer_as_they_are_larger() -> None:
     before = in_batches(1, seconds=0.006)
     assert complaint(in_batches(16, seconds=0.05), before) == ""
     assert re.fullmatch(
-        r"median of handle_seconds is .* 7\.33 times in batches 2\.0 times as large, limit 6",
-        complaint(in_batches(2, seconds=0.05), before),
+        r"median of handle_seconds is .* 7\.33 times in batches 3\.0 times as large, limit 6",
+        complaint(in_batches(2, seconds=0.05), before, limits=replace_limits(max_latency_ratio=2.0)),
     )
     assert complaint(in_batches(1, seconds=0.05), in_batches(16, seconds=0.006)).endswith("limit 3"), "never less"
+
+
+def test_a_sum_that_is_older_than_its_count_says_nothing() -> None:
+    torn = {("confidence_sum",): 90.0, ("confidence_count",): 200.0, ("handle_seconds_sum",): 1e3}
+    assert complaint(Figures({**counted().counters, **torn})) == ""
 
 
 def test_one_error_among_few_requests_is_one_too_many() -> None:
