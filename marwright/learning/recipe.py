@@ -209,4 +209,11 @@ def _contradictions(recipe: Recipe) -> list[str]:
     schedule = recipe.training.schedule
     if isinstance(schedule, Cosine) and schedule.warmup >= recipe.training.epochs:
         problems.append(f"training.schedule.warmup is {schedule.warmup:g}; allowed: less than training.epochs")
+    serving, seconds = recipe.serving, recipe.limits.explain_seconds
+    if serving.explain and 2 * seconds >= serving.response_timeout:
+        # A worker stops explaining at twice the limit; TorchServe kills one that has not answered its batch in time.
+        problems.append(
+            f"serving.limits.explain_seconds is {seconds:g}; allowed: less than half of serving.response_timeout"
+            f" ({serving.response_timeout})"
+        )
     return problems + graphs.problems(recipe)

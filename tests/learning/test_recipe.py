@@ -109,14 +109,20 @@ def test_a_torchvision_net_has_no_twin_that_a_worker_could_load() -> None:
 
 
 def test_explanations_and_their_time_are_the_recipes_choice() -> None:
-    given = {"serving.explain": True, "serving.limits.explain_seconds": 0.5}
+    given = {"serving.explain": False, "serving.limits.explain_seconds": 0.5}
     chosen = recipe.load("images", recipes_dir=RECIPES, overrides=given)
-    assert (chosen.serving.explain, chosen.limits.explain_seconds) == (True, 0.5)
-    assert not recipe.load("images", recipes_dir=RECIPES).serving.explain
-    for name in ("digits", "cifar10", "cifar10-resnet", "mnist", "mnist-28", "diabetes-mlp", "diabetes-linear"):
-        assert recipe.load(name, recipes_dir=RECIPES).serving.explain
+    assert (chosen.serving.explain, chosen.limits.explain_seconds) == (False, 0.5)
+    for name in recipe.names(RECIPES):
+        assert recipe.load(name, recipes_dir=RECIPES).serving.explain == (name != "transfer"), name
     with pytest.raises(SettingsError, match=r"serving\.limits\.explain_seconds is 0"):
         recipe.load("images", recipes_dir=RECIPES, overrides={"serving.limits.explain_seconds": 0})
+
+
+def test_explanations_end_before_the_server_takes_the_worker_for_dead() -> None:
+    said = refused(serving__explain=True, serving__response_timeout=4)
+    assert "serving.limits.explain_seconds is 2; allowed: less than half of serving.response_timeout (4)" in said
+    overrides = {"serving.explain": False, "serving.response_timeout": 4}
+    assert recipe.load("digits", recipes_dir=RECIPES, overrides=overrides).serving.response_timeout == 4
 
 
 def test_an_unknown_recipe_lists_those_there_are() -> None:
