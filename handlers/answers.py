@@ -40,6 +40,10 @@ JSON = "application/json"
 CONTENT_TYPES = {"json": JSON, "png": "image/png", "npy": "application/octet-stream"}
 """Of an explanation, by its format."""
 
+LARGEST = 20_000_000
+"""Bytes of one answer. The server's `max_response_size` (config.properties) must be above it: an answer that is longer
+than that kills the worker, and with it the whole batch."""
+
 _JSON = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
@@ -129,7 +133,7 @@ def explained(
         document |= {"shape": list(summed.shape), "attributions": summed.tolist()}
     if not payload.form.startswith("kserve"):
         return document
-    return {"model_name": model, "model_version": version, "explanations": [document]}
+    return {**_identity(payload, model, version), "explanations": [document]}
 
 
 def encode(value: Any) -> bytes:
@@ -166,5 +170,10 @@ def _kserve_v2(
             raise BadRequest(500, "the model gave no finite embedding for this input")
         by_name["embedding"] = kserve.tensor("embedding", "FP32", embedding.shape, embedding.ravel().tolist())
     chosen = [by_name[name] for name in payload.outputs] or tensors
-    identity = {"model_name": model, "model_version": version}
-    return {**identity, **({} if payload.identifier is None else {"id": payload.identifier}), "outputs": chosen}
+    return {**_identity(payload, model, version), "outputs": chosen}
+
+
+def _identity(payload: Payload, model: str, version: str) -> dict[str, str]:
+    """What KServe's answers begin with."""
+    said = {"model_name": model, "model_version": version}
+    return said if payload.identifier is None else {**said, "id": payload.identifier}

@@ -275,6 +275,10 @@ class BatchHandler:
         error: BadRequest | None = None
         try:
             body = self._body(self._answer(request, sheet), None, index, request, context)
+            if len(body) > answers.LARGEST:
+                less = "format png" if request.explanation else "fewer instances, fewer outputs or a smaller top_k"
+                size = f"{len(body) / 1e6:.1f} MB; at most {answers.LARGEST / 1e6:g} MB"
+                raise BadRequest(413, f"the answer would have {size}: ask for {less}")
         except BadRequest as refused:
             error = refused
         except Exception:

@@ -19,13 +19,15 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy.stats import spearmanr
 
-from handlers import base, explanations, nets, overlay, payloads
+from handlers import answers, base, explanations, nets, overlay, payloads
 from handlers.errors import BadRequest, LoadError
 from handlers.explanations import METHODS, Ask, Explainer
 from handlers.nets import ServingGraph
 from handlers.payloads import Headers
 from handlers.spec import ImageInput, ModelSpec, VectorInput
+from marwright.release.properties import ServerConfig
 from tests import zoo
+from tests.archives import ROOT
 from tests.handlers import archives
 from tests.handlers.conftest import begin
 from tests.handlers.context import Answer, FakeContext, Sent
@@ -265,6 +267,13 @@ def test_kserve_gets_its_one_explanation_in_a_list(digits: Any) -> None:
     assert v1 == {"model_name": "digits", "model_version": "1.0", "explanations": [stock]}
     two = ask(*digits, Sent({"body": {"instances": [{"b64": zoo.b64(PNG)}] * 2}}, EXPLAIN))
     assert (two.status, two.json["reason"]) == (422, "one instance is explained at a time; this request holds 2")
+
+
+def test_kserve_v2_gets_its_id_back(digits: Any) -> None:
+    tensor = {"name": "input", "shape": [1], "datatype": "BYTES", "data": [zoo.b64(PNG)]}
+    said = ask(*digits, Sent({"body": {"id": "abc", "inputs": [tensor], "parameters": {"explain": True}}}, HTTP)).json
+    assert said.keys() == {"model_name", "model_version", "id", "explanations"}
+    assert said["id"] == "abc"
 
 
 def test_a_regressors_shares_add_up_in_its_own_units(diabetes: Any) -> None:
@@ -534,6 +543,35 @@ def test_the_pace_follows_what_it_took_and_refusals_do_not_freeze_it(digits: Any
         refusals += 1
         assert refusals < 50, "one slow moment refuses for ever"
     made.admit(wanted)
+
+
+def test_an_answer_that_would_kill_the_worker_is_refused_alone(digits: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TorchServe takes a worker for broken whose answer is longer than the server's limit."""
+    assert ServerConfig.from_file(ROOT / "config.properties").max_response_size > answers.LARGEST
+    handler, context = digits
+    image = Sent({"body": PNG}, HTTP)
+    long, short = Sent({"body": PNG}, EXPLAIN), Sent({"body": PNG}, {**EXPLAIN, "X-Explain-Format": "npy"})
+    many = Sent({"body": {"instances": [{"b64": zoo.b64(PNG)}] * 40}}, HTTP)
+    monkeypatch.setattr(answers, "LARGEST", 1500)
+    map_, file, plain, batch = context.ask(handler, [long, short, image, many])
+    assert [each.status for each in (map_, file, plain, batch)] == [413, 200, 200, 413]
+    assert map_.json["reason"].endswith(" MB; at most 0.0015 MB: ask for format png")
+    assert map_.headers["content-type"] == "application/json"
+    assert "fewer instances" in batch.json["reason"]
+
+
+def test_a_slow_net_is_measured_less_often_when_it_starts(threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = {"channels": 1, "height": 16, "width": 16, "classes": 2}
+    passes: list[int] = []
+    forward = Explainer._f
+    monkeypatch.setattr(Explainer, "_f", lambda made, x: passes.append(len(x)) or forward(made, x))
+    explainer("small_cnn", args, mean=[0.5], std=[0.25])
+    usual = len(passes)
+    passes.clear()
+    now = iter(range(10**6))
+    monkeypatch.setattr(explanations.time, "perf_counter", lambda: float(next(now)))
+    explainer("small_cnn", args, mean=[0.5], std=[0.25])
+    assert len(passes) < 0.6 * usual
 
 
 def test_an_explanation_that_fails_harms_nobody_else(
