@@ -10,6 +10,9 @@ from marwright.release.policy import WatchPolicy
 
 KEPT = ("requests_total", "handle_seconds", "batch_size", "confidence")
 """The metrics that are looked at, and remembered in the journal for it."""
+_LEAST = 0.0025
+"""Seconds. A champion that is faster is compared as if it took so long: a few milliseconds come and go by themselves on
+a busy machine, and below the lowest bucket nobody knows."""
 
 
 def complaint(
@@ -35,7 +38,7 @@ def complaint(
     for name, q, limit in (("median", 0.5, limits.max_latency_ratio), ("p99", 0.99, limits.max_p99_ratio)):
         ours, theirs = _pair("handle_seconds", counted, before)
         now, then = ours.quantile(q), theirs.quantile(q)
-        if _enough(ours, theirs, limits) and now > limit * larger * then:  # false for NaN
+        if _enough(ours, theirs, limits) and now > limit * larger * max(then, _LEAST):  # false for NaN
             batches = f" in batches {larger:.1f} times as large" if larger > 1 else ""
             return (
                 f"{name} of handle_seconds is {now * 1000:.1f} ms, {champion} had {then * 1000:.1f} ms:"

@@ -100,6 +100,26 @@ def test_a_sum_that_is_older_than_its_count_says_nothing() -> None:
     assert complaint(Figures({**counted().counters, **torn})) == ""
 
 
+def test_milliseconds_are_no_reason() -> None:
+    """The medians are 0.25 and 4 ms, the 99th percentiles 0.5 and 14 ms."""
+    bounds = {"0.0005": (200, 0), "0.0075": (200, 196), "0.0201": (200, 200), "+Inf": (200, 200)}
+    fast, busy = (
+        Figures(
+            {
+                **{("handle_seconds_bucket", bound): float(count[side]) for bound, count in bounds.items()},
+                ("handle_seconds_count",): 200.0,
+                ("requests_total", "predict", "200"): 200.0,
+            }
+        )
+        for side in (0, 1)
+    )
+    ours, theirs = busy.histogram("handle_seconds"), fast.histogram("handle_seconds")
+    assert ours.quantile(0.5) > 10 * theirs.quantile(0.5)
+    assert ours.quantile(0.99) > 20 * theirs.quantile(0.99)
+    assert complaint(busy, fast) == ""
+    assert complaint(counted(slow=6), fast).startswith("p99 of handle_seconds is 700.0 ms, 1.0 had 0.5 ms")
+
+
 def test_one_error_among_few_requests_is_one_too_many() -> None:
     assert complaint(counted(fine=1, failed=1), asked=1).startswith("error rate")
     assert complaint(counted(fine=99, failed=1), limits=replace_limits(max_error_rate=0.01)) == ""
