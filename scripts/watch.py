@@ -36,6 +36,8 @@ _TITLES = (
     "model", "version", "server", "journal", "workers", "pids", "req/s", "5xx/s", "p50 ms", "p99 ms", "conf.", "batch",
     "restarts",
 )  # fmt: skip
+_LEFT_OUT = ("pids", "journal", "batch", "conf.")
+"""Where a terminal is too narrow for all columns; where the journal and the server differ, a line below says so."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,8 @@ class Look:
     at: str
     """UTC."""
     running: bool
+    answered: bool
+    """The server has said what it holds."""
     pid: int | None
     versions: tuple[Row, ...]
     rollouts: tuple[str, ...]
@@ -85,7 +89,7 @@ def main(settings: WatchSettings) -> int:
     elif sys.stdout.isatty():
         with Live(auto_refresh=False) as shown:
             for look in looks(settings):
-                shown.update(page(look), refresh=True)
+                shown.update(page(look, shown.console.width), refresh=True)
     else:
         console = Console(width=1000)
         for look in looks(settings):
@@ -146,7 +150,7 @@ class Eye:
         rows = tuple(self._row(key, mine.get(key), released.get(key[0])) for key in keys)
         now = datetime.now(UTC).isoformat(timespec="seconds")
         pid = running.pid if running else None
-        return Look(now, running is not None, pid, rows, tuple(rollouts), tuple(attention))
+        return Look(now, running is not None, asked, pid, rows, tuple(rollouts), tuple(attention))
 
     def _wanted(self, model: str) -> bool:
         return self.settings.model in (None, model)
@@ -233,23 +237,34 @@ class Eye:
             yield f"{model}: the gate on {last.version}: {verdict.outcome}, {verdict.reason}"
 
 
-def page(look: Look) -> Group:
-    """What one look is for people."""
+def page(look: Look, width: int = 1000) -> Group:
+    """What one look is for people, in so many columns of a terminal."""
     server = f"running, pid {look.pid}" if look.running else "not running (make serve starts it)"
     lines = [f"{look.at[:19].replace('T', ' ')} UTC   TorchServe: {server}"]
     below = [*look.rollouts, *(f"attention: {line}" for line in look.attention)]
     if not look.versions:
         below.insert(0, "nothing is loaded or released")
-    rows = cli.table(_TITLES, [_cells(row) for row in look.versions]) if look.versions else Text("")
+    unknown = "unknown" if look.running and not look.answered else "not loaded"
+    cells = [_cells(row, unknown) for row in look.versions]
+    rows = cli.table(*_fitting(cells, width)) if cells else Text("")
     return Group(*map(Text, lines), rows, *map(Text, below), Text(""))
 
 
-def _cells(row: Row) -> tuple[str, ...]:
+def _fitting(rows: list[tuple[str, ...]], width: int) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Titles and cells of the columns that there is room for."""
+    columns = dict(zip(_TITLES, zip(*rows, strict=True), strict=True))
+    for title in _LEFT_OUT:
+        if sum(2 + max(map(len, (name, *cells))) for name, cells in columns.items()) - 2 > width:
+            del columns[title]
+    return tuple(columns), list(zip(*columns.values(), strict=True))
+
+
+def _cells(row: Row, unknown: str) -> tuple[str, ...]:
     held = row.ready is not None
     return (
         row.model,
         row.version,
-        ("answers" if row.default else "loaded") if held else "not loaded",
+        ("answers" if row.default else "loaded") if held else unknown,
         "should answer" if row.released else "",
         f"{row.ready}/{row.wanted}" if held else "",
         " ".join(map(str, row.pids)),

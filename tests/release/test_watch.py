@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import signal
@@ -15,6 +16,7 @@ from typing import Any
 
 import psutil
 import pytest
+from rich.console import Console
 
 from marwright.errors import ServerRefused, SettingsError
 from marwright.packing import golden
@@ -172,6 +174,36 @@ def test_it_goes_on_without_the_server_and_with_the_next_one(stage: Stage, setti
         wrong = next(seen)
         assert "digits 1.1 answers, the journal says 1.0" in wrong.attention
         assert (of(wrong, "1.0").released, of(wrong, "1.1").default) == (True, True)
+
+
+def row(**known: Any) -> Row:
+    return Row("digits", "1.0", default=True, released=True, **known)
+
+
+def drawn(look: Look, width: int) -> str:
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(watch.page(look, width))
+    return console.export_text()
+
+
+@pytest.mark.parametrize(("width", "missing"), [(120, set()), (80, {"pids", "journal", "batch"})])
+def test_a_narrow_terminal_has_fewer_columns_and_none_that_is_cut(width: int, missing: set[str]) -> None:
+    busy = row(
+        ready=1, wanted=1, pids=(31211,), requests_per_second=123.4, errors_per_second=12.5, p50_seconds=0.0123,
+        p99_seconds=0.1234, confidence=0.934, batch_size=12.5,
+    )  # fmt: skip
+    said = drawn(Look("2026-11-21T15:27:34+00:00", True, True, 1, (busy,), (), ()), width)
+    titles, cells = said.splitlines()[1:3]
+    assert set(re.findall(r"pids|journal|batch|conf\.", titles)) == {"pids", "journal", "batch", "conf."} - missing
+    assert "…" not in said
+    assert re.search(r"^digits +1\.0 +answers .* 123\.4 +12\.5 +12\.3 +123\.4 +0\.934 ", cells)
+
+
+def test_a_server_that_says_nothing_is_not_said_to_hold_nothing() -> None:
+    at = "2026-11-21T15:27:34+00:00"
+    assert " unknown " in drawn(Look(at, True, False, 1, (row(),), (), ("no answer within 3 s",)), 120)
+    assert " not loaded " in drawn(Look(at, True, True, 1, (row(),), (), ()), 120)
+    assert " not loaded " in drawn(Look(at, False, False, None, (row(),), (), ()), 120)
 
 
 def test_without_a_server_or_archives(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
