@@ -178,7 +178,7 @@ def _hint(status: int, kind: str, key_file: str) -> str:
         405: "set enable_model_api=true in config.properties and restart the server",
         408: "the server gave up waiting; logs/model_log.log has the worker's own words",
         409: "that version is registered already; `make status`, or unregister it first",
-        413: "send less, or raise max_request_size in config.properties and restart the server",
+        413: "send or ask for less; where it is TorchServe that refuses: max_request_size in config.properties",
         415: "send an image, JSON or .npy that the model's spec allows",
         429: "other explanations were asked for at the same time: try again, or for fewer steps",
         500: "the workers' own words are in logs/model_log.log",
