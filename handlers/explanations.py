@@ -63,6 +63,8 @@ _NOISE = {"classification": 0.15, "regression": 0.5}
 _CHUNK = 16
 """Copies of the input in one pass; fewer of a large input, to bound memory."""
 _CHUNK_NUMBERS = 2**20
+_AGAIN = 60.0
+"""Seconds between two looks at how fast the net is, where explanations are refused."""
 _OVERRUN = 2.0
 """Times the limit, after which explaining stops in any case."""
 _LONG = 0.5
@@ -131,9 +133,9 @@ class _Pace:
 class Explainer:
     """The twin, ready to explain, and how fast it is.
 
-    Times come from passes at the start; after each explanation the pace is corrected by how long it really took. A
-    refusal moves the correction back towards the start's figure, because one slow moment followed by nothing but
-    refusals would never be measured again.
+    Times come from passes at the start; after each explanation the pace is corrected by how long it really took. What
+    is refused is never measured, so a slow moment must not refuse for ever: a refusal moves the correction back towards
+    the start's figure, and once a minute one pass is timed before anything is refused.
     """
 
     def __init__(self, graph: ServingGraph, spec: ModelSpec, device: str) -> None:
@@ -144,6 +146,7 @@ class Explainer:
         self.correction = 1.0
         self.chunk = max(1, min(_CHUNK, _CHUNK_NUMBERS // math.prod(spec.input.shape)))
         self._deadline = math.inf
+        self._next_look = 0.0
         self._layer = self._last_feature_map()
         self.methods = tuple(method for method in METHODS if method != GRAD_CAM or self._layer is not None)
         """What this net offers."""
@@ -162,11 +165,13 @@ class Explainer:
         """`BadRequest` 422 where the net has no such explanation, 413 where it would take longer than the limit."""
         if ask.method not in self.methods:
             raise BadRequest(422, f"{ask.method} needs a net with convolutions; there are: {', '.join(self.methods)}")
+        if self.seconds(ask) > self.limit:
+            self._look_again()
         seconds = self.seconds(ask)
         if seconds <= self.limit:
             return
         reason = f"{ask.method} would take about {seconds:.3g} s; at most {self.limit:g} s{self._advice(ask)}"
-        self.correction = 1 + (self.correction - 1) * 0.8
+        self.correction = min(self.correction, 1 + (self.correction - 1) * 0.8)
         raise BadRequest(413, reason)
 
     def explain(self, row: NDArray[Any], ask: Ask, index: int, spent: float = 0.0) -> Explanation:
@@ -323,29 +328,41 @@ class Explainer:
 
     def _pace(self, *, gradient: bool) -> _Pace:
         """By one copy and by a chunk of them."""
-
-        def timed(copies: int) -> float:
-            x = self._normalised(np.zeros(self.spec.input.shape, np.float32)).repeat(
-                copies, *[1] * len(self.spec.input.shape)
-            )
-            times = []
-            for _ in range(3):  # the first is slower: memory is got, kernels are chosen
-                began = time.perf_counter()
-                with torch.set_grad_enabled(gradient):
-                    out = self._f(x.requires_grad_(gradient)).sum()
-                    if gradient:
-                        torch.autograd.grad(out, x)
-                out.item()  # waits for a GPU
-                times.append(time.perf_counter() - began)
-                if times[-1] > _LONG:
-                    break
-            return min(times)
-
-        one = timed(1)
+        one = self._pass(1, gradient)
         if self.chunk == 1:
             return _Pace(0.0, one)
-        copy = max((timed(self.chunk) - one) / (self.chunk - 1), one / self.chunk / 4)
+        copy = max((self._pass(self.chunk, gradient) - one) / (self.chunk - 1), one / self.chunk / 4)
         return _Pace(max(one - copy, 0.0), copy)
+
+    def _pass(self, copies: int, gradient: bool, times: int = 3) -> float:
+        """Seconds of one pass of so many copies, the best of a few: the first is slower, it gets memory and chooses
+        kernels. One that is long is not made again.
+        """
+        shape = self.spec.input.shape
+        x = self._normalised(np.zeros(shape, np.float32)).repeat(copies, *[1] * len(shape))
+        best = math.inf
+        for _ in range(times):
+            began = time.perf_counter()
+            with torch.set_grad_enabled(gradient):
+                out = self._f(x.requires_grad_(gradient)).sum()
+                if gradient:
+                    torch.autograd.grad(out, x)
+            out.item()  # waits for a GPU
+            took = time.perf_counter() - began
+            best = min(best, took)
+            if took > _LONG:
+                break
+        return best
+
+    def _look_again(self) -> None:
+        """Now and then, before something is refused: what is refused is never measured, and a pace that was measured
+        while the machine was busy would refuse for ever.
+        """
+        one = self._gradient.seconds(1, self.chunk)
+        if time.monotonic() < self._next_look or one * self.correction > self.limit / 2:
+            return
+        self._next_look = time.monotonic() + _AGAIN
+        self.correction = min(self.correction, self._pass(1, True, times=2) / one)
 
     def _overhead_of(self, method: str) -> float:
         """What captum takes beside the passes, and proof that the method works with this net."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 from marwright import cli, files
+from marwright.errors import ArchiveError
 from marwright.packing import golden, records
 from marwright.release import explained
 from marwright.settings import ExplainSettings
@@ -19,7 +20,13 @@ def main(settings: ExplainSettings) -> int:
     with live.client(settings) as client:
         model = settings.model or live.only_model(client)
         answer = client.ask(model, body, grpc=settings.grpc, version=settings.version, content_type=kind)
-        record = records.record(settings.store, model, answer.version)
+        try:
+            record = records.record(settings.store, model, answer.version)
+        except ArchiveError as error:
+            raise ArchiveError(
+                error.message,
+                hint=f"{model} {answer.version} answers; name the folder of its archive: --store FOLDER",
+            ) from None
         found = explained.gather(
             client,
             answer,
@@ -37,7 +44,7 @@ def main(settings: ExplainSettings) -> int:
         return 0
     cli.print_table(*explained.table(found))
     for refused in found.refused:
-        print(f"not offered: {refused.method}: {refused.reason}")
+        print(f"refused: {refused.method}: {refused.reason}")
     label, value = next(iter(found.prediction.items()))
     print(f"{model} {found.version} answers {label}: {value:.4g}, bundle {found.bundle}; the page is {settings.out}")
     return 0

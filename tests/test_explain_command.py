@@ -214,7 +214,7 @@ def test_a_regressors_page_adds_up_and_lists_what_is_not_offered(run: Run, regre
     for number in (first["baseline_prediction"], value, first["delta"], *first["attributions"].values()):
         assert f"{number:.4g}" in page.cells
     code, said, _ = run("diabetes-mlp", row, "--out", str(out))
-    assert "not offered: grad-cam" in said
+    assert "refused: grad-cam" in said
 
 
 @pytest.mark.server

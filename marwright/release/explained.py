@@ -162,6 +162,8 @@ def gather(
                 timeout=SECONDS,
             )
         except ServerRefused as refusal:
+            if refusal.status >= 500 and refusal.status != 501:  # that says nothing about the method
+                raise
             first = first or refusal
             refused.append(Refused(method, refusal.reason))
             continue
@@ -237,7 +239,7 @@ def page(found: Explained, *, title: str) -> str:
         " answer."
     )
     if found.refused:
-        made.section("Not offered for this input").table(
+        made.section("Refused for this input").table(
             ("method", "the server's reason"), [(each.method, each.reason) for each in found.refused]
         )
     made.section("Who answered").table(

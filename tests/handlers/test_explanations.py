@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -535,7 +536,7 @@ def test_the_pace_follows_what_it_took_and_refusals_do_not_freeze_it(digits: Any
     assert made.correction == pytest.approx(3.0, rel=0.01)
     made._learn(1e-6, 1e-3)
     assert made.correction == pytest.approx(3.0, rel=0.01), "a short one says little"
-    made.limit = made.seconds(wanted) / 2
+    made.limit, made._next_look = made.seconds(wanted) / 2, math.inf
     refusals = 0
     while made.seconds(wanted) > made.limit:
         with pytest.raises(BadRequest, match="would take about"):
@@ -543,6 +544,23 @@ def test_the_pace_follows_what_it_took_and_refusals_do_not_freeze_it(digits: Any
         refusals += 1
         assert refusals < 50, "one slow moment refuses for ever"
     made.admit(wanted)
+    made.correction = 0.5
+    with pytest.raises(BadRequest, match="would take about"):
+        made.admit(Ask.read({"steps": 1000}, made.spec))
+    assert made.correction == 0.5, "it had learned to be faster than at the start"
+
+
+def test_a_pace_that_was_measured_on_a_busy_machine_does_not_refuse_for_ever(digits: Any) -> None:
+    made = digits[0].explainer
+    wanted = Ask.read({}, made.spec)
+    made._gradient = replace(made._gradient, call=made._gradient.call + 0.5)
+    made._overhead = dict.fromkeys(made._overhead, 0.0)
+    made.limit, made._next_look = 1.5, math.inf
+    with pytest.raises(BadRequest, match="would take about"):
+        made.admit(wanted)
+    made._next_look = 0.0
+    made.admit(wanted)
+    assert made.correction < 0.5
 
 
 def test_an_answer_that_would_kill_the_worker_is_refused_alone(digits: Any, monkeypatch: pytest.MonkeyPatch) -> None:
