@@ -198,7 +198,7 @@ class Eye:
                 "p50_seconds": _known(times.quantile(0.5)),
                 "p99_seconds": _known(times.quantile(0.99)),
                 "confidence": _known(figures.histogram("confidence").bucket_mean),
-                "batch_size": _known(figures.histogram("batch_size").bucket_mean),
+                "batch_size": _known(figures.histogram("batch_size").whole_bucket_mean),
             }
         return replace(
             row,

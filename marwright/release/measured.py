@@ -63,11 +63,12 @@ class Histogram:
         For short times: `sum` and `count` are metrics of their own, and one look may find one of them a second, and
         hundreds of observations, older than the other. NaN without observations.
         """
-        total = start = below = 0.0
-        for bound, up_to in sorted(self.buckets.items()):
-            total += (up_to - below) * (start if bound == math.inf else (start + bound) / 2)
-            start, below = bound, up_to
-        return total / self.observed if self.observed else math.nan
+        return self._middle(0.0)
+
+    @property
+    def whole_bucket_mean(self) -> float:
+        """As `bucket_mean`, of whole numbers such as batch sizes: up to 1 is 1, and from there up to 2 is 2."""
+        return self._middle(1.0)
 
     def quantile(self, q: float) -> float:
         """As Prometheus' `histogram_quantile`: linear within a bucket, the last finite bound for what lies beyond it.
@@ -89,6 +90,14 @@ class Histogram:
         start, below = (bounds[place - 1], self.buckets[bounds[place - 1]]) if place else (0.0, 0.0)
         inside = self.buckets[end] - below
         return start + (end - start) * (rank - below) / inside if inside else math.nan
+
+    def _middle(self, step: float) -> float:
+        """`step` is the distance of a bucket's least value from the bound below it."""
+        total = start = below = 0.0
+        for bound, up_to in sorted(self.buckets.items()):
+            total += (up_to - below) * (start if bound == math.inf else (start + step + bound) / 2)
+            start, below = bound, up_to
+        return total / self.observed if self.observed else math.nan
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,8 @@ def complaint(
         return ""
     # Where callers come faster than before, batches are larger and take longer, whichever version answers them.
     ours, theirs = _pair("batch_size", counted, before)
-    larger = max(1.0, ours.bucket_mean / theirs.bucket_mean) if ours.observed and theirs.observed else 1.0
+    grown = ours.whole_bucket_mean / theirs.whole_bucket_mean if ours.observed and theirs.observed else 1.0
+    larger = max(1.0, grown)
     for name, q, limit in (("median", 0.5, limits.max_latency_ratio), ("p99", 0.99, limits.max_p99_ratio)):
         ours, theirs = _pair("handle_seconds", counted, before)
         now, then = ours.quantile(q), theirs.quantile(q)

@@ -58,6 +58,17 @@ def test_a_page_gives_each_versions_own_figures() -> None:
     assert (page.asked_of("digits"), page.answered_of("digits")) == (101, 100)
 
 
+def test_batches_of_one_have_one_request_on_average() -> None:
+    def mean(*up_to: float) -> float:
+        return Histogram(dict(zip((1, 2, 4, 8, math.inf), up_to, strict=True))).whole_bucket_mean
+
+    assert mean(5, 5, 5, 5, 5) == 1.0
+    assert mean(0, 5, 5, 5, 5) == 2.0
+    assert mean(5, 10, 10, 10, 10) == 1.5
+    assert mean(0, 0, 2, 2, 2) == 3.5, "three and four"
+    assert mean(0, 0, 0, 0, 2) == 8.0, "or more"
+
+
 def test_what_is_not_counted_is_none_and_not_zero() -> None:
     for page in ("", PAGE.replace("marwright_", "other_")):
         assert measured.parse(page).of("digits", "1.0") is None
