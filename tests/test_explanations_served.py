@@ -20,6 +20,7 @@ from PIL import Image
 
 from handlers.explanations import METHODS
 from marwright.errors import ServerRefused
+from marwright.learning.tables import LimitsChoice
 from marwright.release import measured
 from marwright.release.client import Client
 from marwright.release.server import Expected
@@ -137,6 +138,21 @@ def test_an_archive_without_a_twin_offers_no_explanations(client: Client, pictur
     assert client.predict("digits", picture, version="1.2").json()
     assert client.describe("digits", "1.2", customized=True)[0].customized["explanations"] == []
     assert client.describe("digits", "1.1", customized=True)[0].customized["explanations"] == list(METHODS)
+
+
+def test_what_would_take_too_long_is_refused_beforehand(
+    home: torchserve.Home, client: Client, digits: Built, picture: bytes
+) -> None:
+    limits = LimitsChoice(explain_seconds=0.001)
+    built = archives.build(digits.run, home.store, explain=True, limits=limits)
+    client.register(built.record.file, initial_workers=1, synchronous=True, timeout=90)
+    version = built.record.version
+    with pytest.raises(ServerRefused, match=r"integrated-gradients would take about .* s; at most 0\.001 s") as refused:
+        client.explain("digits", picture, version=version)
+    assert refused.value.status == 413
+    assert client.predict("digits", picture, version=version).json() == pytest.approx(
+        client.predict("digits", picture).json(), abs=1e-6
+    )
 
 
 def test_in_one_batch_of_eight_everybody_gets_what_they_asked_for(home: torchserve.Home, digits: Built) -> None:
