@@ -128,8 +128,14 @@ ROWS: tuple[tuple[str, tuple[Plot, ...]], ...] = (
             Plot(
                 "Class mix",
                 "percentunit",
-                ((_sum("marwright_predictions_total", "class"), f"{_NAME}: {{{{class}}}}"),),
-                "Top-1 classes; beyond the first 100 they are (other).",
+                (
+                    (
+                        f"{_sum('marwright_predictions_total', 'class')} / on (model_name, model_version)"
+                        f" group_left () ({_sum('marwright_predictions_total')} > 0)",
+                        f"{_NAME}: {{{{class}}}}",
+                    ),
+                ),
+                "Top-1 classes, as shares of their version's; beyond the first 100 they are (other).",
                 shares=True,
             ),
             Plot(
