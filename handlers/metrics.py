@@ -263,7 +263,7 @@ class Meters:
 
     def _first(self, load: float, warm_up: float) -> dict[Series, float]:
         grown: dict[Series, float] = {}
-        codes = {"predict": (200, 400, 413, 415, 422, 500), "explain": (501,), "describe": (200,)}
+        codes = {"predict": (200, 400, 413, 415, 422, 500, 503), "explain": (501,), "describe": (200,)}
         if self._spec.twin:
             codes["explain"] = (*codes["predict"], 429, 501)
         for call, statuses in codes.items():

@@ -141,6 +141,13 @@ class Figures:
         """Answers with 5xx that are the version's own fault."""
         return sum(value for (_, code), value in self.requests.items() if 500 <= code < 600 and code != NOT_OFFERED)
 
+    @property
+    def refused_share(self) -> float:
+        """Of predictions, those that were refused with 4xx; NaN without any."""
+        codes = {code: value for (call, code), value in self.requests.items() if call == "predict"}
+        asked = sum(codes.values())
+        return sum(value for code, value in codes.items() if 400 <= code < 500) / asked if asked else math.nan
+
     def histogram(self, name: str) -> Histogram:
         """By its name without prefix: "handle_seconds", "confidence", …; empty where there is none of that name."""
         buckets: dict[float, float] = {}

@@ -92,8 +92,10 @@ class WatchPolicy(_Table):
     """The same of the 99th percentiles, as handlers timed them."""
     max_confidence_drop: Share = 0.2
     """Mean top-1 probability of the champion's requests, minus that of this version's."""
+    max_refused_rise: Share = 0.5
+    """Share of predictions that this version refuses with 4xx, minus that of the champion."""
     min_requests: Count = 100
-    """That callers must have made of either version before its latencies and confidence are compared."""
+    """That callers must have made of either version before latencies, confidence and refusals are compared."""
     max_worker_restarts: Count = 0
 
 

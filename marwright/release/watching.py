@@ -32,6 +32,12 @@ def complaint(
         )
     if before is None or asked < limits.min_requests:
         return ""
+    refused, refused_before = counted.refused_share, before.refused_share
+    if before.answered >= limits.min_requests and refused - refused_before > limits.max_refused_rise:  # false for NaN
+        return (
+            f"{version} refuses {refused:.1%} of its requests with 4xx, {champion} refused {refused_before:.1%}:"
+            f" {refused - refused_before:.1%} more, limit {limits.max_refused_rise:.1%}"
+        )
     # Where callers come faster than before, batches are larger and take longer, whichever version answers them.
     ours, theirs = _pair("batch_size", counted, before)
     grown = ours.whole_bucket_mean / theirs.whole_bucket_mean if ours.observed and theirs.observed else 1.0

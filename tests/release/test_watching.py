@@ -130,6 +130,15 @@ def test_a_clients_fault_is_not_the_versions(code: int) -> None:
     assert complaint(counted(failed=100, code=code)) == ""
 
 
+def test_a_version_that_refuses_what_its_champion_took_goes() -> None:
+    refusing = counted(fine=200, failed=600, code=413)
+    says = r"1\.1 refuses 75\.0% of its requests with 4xx, 1\.0 refused 0\.0%: 75\.0% more, limit 50\.0%"
+    assert re.fullmatch(says, complaint(refusing))
+    assert complaint(refusing, counted(fine=200, failed=200, code=415)) == "", "callers were no better before"
+    assert complaint(refusing, asked=99) == ""
+    assert complaint(refusing, limits=replace_limits(max_refused_rise=0.8)) == ""
+
+
 def test_a_limit_may_be_wider() -> None:
     wide = replace_limits(max_latency_ratio=1000.0, max_p99_ratio=1000.0, max_confidence_drop=1.0)
     for ours in (counted(seconds=0.05), counted(slow=6), doubtful(0.1)):
