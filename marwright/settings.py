@@ -26,6 +26,10 @@ class Places:
     """Folder of training runs."""
     recipes: Path = Path("recipes")
     """Folder of recipes."""
+    feedback: Path = Path("feedback")
+    """Folder of captured requests and of labels: the spool, the bodies, the database."""
+    database: str | None = None
+    """SQLAlchemy URL of the feedback database; MARWRIGHT_DATABASE, else a SQLite file in the feedback folder."""
     json: bool = False
     """Print one JSON document instead of tables and sentences."""
 
@@ -33,6 +37,11 @@ class Places:
     def serving(self) -> Path:
         """The generated configuration that TorchServe reads."""
         return self.store / "serving.properties"
+
+    @property
+    def spool(self) -> Path:
+        """Where the workers leave what they captured and the labels that they were sent."""
+        return self.feedback / "spool"
 
     @property
     def home(self) -> Path:
@@ -252,6 +261,74 @@ class RetrainSettings(RecipeChoice):
     """End after so many turns of --every; never when not given."""
     policy: Path | None = None
     """TOML file with the limits; policies/<model>.toml or policies/default.toml when not given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeedbackIngestSettings(Places):
+    """Take what the workers left in the spool into the database. Harmless twice, and while they write."""
+
+    keep: bool = False
+    """Leave the segments in the spool."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeedbackImportSettings(Places):
+    """Labels from a CSV file (request,label and optionally instance,source,time), or a folder of labelled pictures."""
+
+    labels: Positional[Path]
+    """A .csv, or a folder of <class>/<file>."""
+    model: str | None = None
+    """Whose pictures they are, for a folder; the only one built when not given."""
+    source: str | None = None
+    """Who says so, where the file does not; the file's name when not given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeedbackStatusSettings(Places):
+    """Counts, label lag, class balance, live accuracy of each version."""
+
+    model: str | None = None
+    """Only this one."""
+    policy: Path | None = None
+    """TOML file; policies/<model>.toml or policies/default.toml when not given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeedbackForgetSettings(Places):
+    """Remove every trace of a request: body, answer, labels, spool, training caches. Says which runs learned of it."""
+
+    request: str
+    """Its id, as the header x-request-id of its answer had it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeedbackPruneSettings(Places):
+    """Remove requests that are older than the retention, and bodies that nothing needs."""
+
+    days: float = 90.0
+    """Since the answer."""
+    unlabelled_days: float | None = None
+    """The same for requests without a label; as `days` when not given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeedbackCollectorSettings(Places):
+    """Build the model `feedback`, which takes labels (POST /predictions/feedback), and load it where a server runs."""
+
+    timeout: float = 120.0
+    """Seconds to wait for its worker."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DriftSettings(Places):
+    """Compare the latest requests with what the version that answers has learned from."""
+
+    model: str | None = None
+    """Name of the model; the only one with requests when not given."""
+    policy: Path | None = None
+    """TOML file; policies/<model>.toml or policies/default.toml when not given."""
+    html: Path | None = None
+    """Write a self-contained page with plots there."""
 
 
 @dataclass(frozen=True, kw_only=True)

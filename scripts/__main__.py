@@ -1,11 +1,15 @@
-"""`marwright VERB …`: every verb is a file in this folder, with a `SETTINGS` dataclass and a `main(settings)`."""
+"""`marwright VERB …`: every verb is a file in this folder, with a `SETTINGS` dataclass and a `main(settings)`.
+
+A verb of several parts (`marwright feedback ingest`) has `PARTS` instead: a settings dataclass and a function for each.
+"""
 
 from __future__ import annotations
 
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from marwright import cli
 from marwright.errors import SettingsError
@@ -30,6 +34,8 @@ VERBS = {
     "reconcile": "make the running server what the journal says",
     "release": "make a version the released one, without proof",
     "retrain": "learn from newly labelled examples, and roll the result out behind the gate",
+    "feedback": "labels and captured requests: collector, import, ingest, status, forget, prune",
+    "drift": "whether requests are still what the model has learned from",
     "loadtest": "send requests at their due times and check every answer",
     "loadreport": "what a load test found",
     "activate": "write JAVA_HOME and TS_CONFIG_FILE into the venv's activate",
@@ -39,6 +45,13 @@ VERBS = {
 def usage() -> str:
     lines = ["usage: marwright VERB [options]      (marwright VERB --help lists them)", ""]
     return "\n".join(lines + [f"  {verb:<12}{line}" for verb, line in VERBS.items()])
+
+
+def _parts(verb: str, parts: Mapping[str, tuple[type[Any], Any]]) -> str:
+    lines = [f"usage: marwright {verb} PART [options]      (marwright {verb} PART --help lists them)", ""]
+    return "\n".join(
+        lines + [f"  {part:<12}{(kind.__doc__ or '').splitlines()[0]}" for part, (kind, _) in parts.items()]
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,6 +67,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     # run beside other work: 70 s with spinning threads; alone, waiting passively costs some 8 %).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     module = importlib.import_module(f"scripts.{verb}")
+    prog = f"marwright {verb}"
+    parts: Mapping[str, tuple[type[Any], Any]] = getattr(module, "PARTS", {})
+    if parts:
+        part = rest.pop(0) if rest else "--help"
+        if part not in parts:
+            print(_parts(verb, parts), file=sys.stdout if part in ("-h", "--help") else sys.stderr)
+            return 0 if part in ("-h", "--help") and words[1:] else 2
+        prog, (kind, run) = f"{prog} {part}", parts[part]
+    else:
+        kind, run = module.SETTINGS, module.main
 
     def call(settings: Places) -> int:
         if verb != "stop":  # which must work with a broken configuration, too
@@ -63,10 +86,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 )
             # Whatever else a command does, what TorchServe will read at its next start is right after it.
             serving.refresh(settings.config, settings.store)
-        done: int = module.main(settings)
+        done: int = run(settings)
         return done
 
-    return cli.run(call, module.SETTINGS, rest, prog=f"marwright {verb}")
+    return cli.run(call, kind, rest, prog=prog)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""What a new version has to show before it answers, and for how long it is watched: one strict TOML file.
+"""What a new version has to show before it answers, how long it is watched, and when the next one is learned: one
+strict TOML file.
 
     limits = policy.load(None, "digits")     # policies/digits.toml, else policies/default.toml, else the defaults
     limits.gate.margin                       # 0.02
@@ -13,7 +14,7 @@ import difflib
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -119,8 +120,55 @@ class ServerPolicy(_Table):
     """How long one call is insisted on, retries included, before its phase fails."""
 
 
+class TriggerPolicy(_Table):
+    """When to learn again: `feedback.trigger.should_retrain`. Whichever comes first."""
+
+    min_labels: Annotated[int, Field(ge=1, le=10**9)] = 200
+    """New labelled examples that are reason enough."""
+    floor: Annotated[int, Field(ge=1, le=10**9)] = 30
+    """New labelled examples below which nothing else is a reason: there would be nothing to learn from."""
+    days: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """Since the champion was released; 0 keeps no schedule."""
+    min_accuracy: Share = 0.0
+    """Live accuracy that the champion must hold; 0 does not ask."""
+    accuracy_false_alarm: Annotated[float, Field(gt=0, lt=1)] = 0.01
+    """Probability that a champion which holds it is ever called worse, however often one looks."""
+    drift_false_alarm: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    """Probability that one look at undrifted requests finds drift, over all its tests together."""
+    drift_window: Annotated[int, Field(ge=20, le=100_000)] = 500
+    """Latest requests that are compared with the reference."""
+    drift_looks: Annotated[int, Field(ge=1, le=100)] = 2
+    """Looks one after another that must find drift before it is a reason."""
+
+
+class LearnPolicy(_Table):
+    """What is learned from, and how."""
+
+    method: Literal["scratch", "warm", "finetune", "replay", "derpp", "head"] = "warm"
+    """See `learning.methods`."""
+    conflict: Literal["last", "first", "majority"] = "last"
+    """Which of several labels of one request counts."""
+    max_source_share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Of the new examples of a class, how many may come from one source; 1 does not ask."""
+    judge_share: Annotated[float, Field(gt=0, lt=0.9)] = 0.3
+    """Of the new examples, the latest: the judge's alone."""
+
+
+class JudgePolicy(_Table):
+    """Whether what was learned may go on to an archive: on the old holdout and on the new one."""
+
+    max_forgetting: Annotated[float, Field(gt=0, lt=1)] = 0.02
+    """Accuracy on the old holdout that may be lost, as a share of 1."""
+    confidence: Confidence = 0.95
+    """One-sided, of each of the two."""
+    min_examples: Annotated[int, Field(ge=1, le=10**9)] = 30
+    """Of the new holdout; with fewer nothing is judged, and nothing released."""
+    max_label_noise: Share = 0.15
+    """Estimated share of wrong labels, in any class of the new examples."""
+
+
 class Policy(_Table):
-    """All limits of a rollout. `Policy()` is the default."""
+    """All limits of a rollout, and of the loop that leads to one. `Policy()` is the default."""
 
     ready: ReadyPolicy = ReadyPolicy()
     shadow: ShadowPolicy = ShadowPolicy()
@@ -128,6 +176,9 @@ class Policy(_Table):
     watch: WatchPolicy = WatchPolicy()
     settle: SettlePolicy = SettlePolicy()
     server: ServerPolicy = ServerPolicy()
+    trigger: TriggerPolicy = TriggerPolicy()
+    learn: LearnPolicy = LearnPolicy()
+    judge: JudgePolicy = JudgePolicy()
 
     def to_dict(self) -> dict[str, Any]:
         """Every key, defaults filled in; what the journal holds. `from_dict` gives it back."""

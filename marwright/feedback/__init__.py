@@ -1,0 +1,1 @@
+"""Production teaches: from answers and labels to the next training set."""
