@@ -122,6 +122,7 @@ def _joined(own: Dataset, found: Examples, inputs: Tensor, parts: dict[int, str]
         names=[*own.names, *names],
         raw=raw,
         notes=notes,
+        digests={first + i: found.digests[i] for i in sorted(parts)},
     )
 
 

@@ -10,7 +10,7 @@ takes batches from a `Part` can tell which.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -82,7 +82,8 @@ class Dataset:
     """What `data.load` gives. `raw(row)` is the request body of an example; `names[row]` says where it came from.
 
     `split` is `split.json`: which example is in which part; `own` is the digest of the recipe's own data, `new` the
-    label of each newly labelled example by its digest.
+    label of each newly labelled example by its digest. `digests` has the digest of each newly labelled row of the
+    store; the recipe's own rows are not in it.
     """
 
     input: ImageInput | VectorInput
@@ -97,6 +98,7 @@ class Dataset:
     raw: Callable[[int], Body]
     streamed: bool = False
     notes: tuple[str, ...] = ()
+    digests: Mapping[int, str] = field(default_factory=dict)
 
     @property
     def parts(self) -> tuple[Part, Part, Part]:
