@@ -19,12 +19,9 @@ regressor.
 
 from __future__ import annotations
 
-import atexit
 import itertools
 import logging
 import math
-import os
-import signal
 import threading
 import time
 from collections import Counter, deque
@@ -37,6 +34,7 @@ from urllib.parse import quote
 import numpy as np
 from numpy.typing import NDArray
 
+from handlers import ending
 from handlers.errors import KINDS
 from handlers.spec import ImageInput, ModelSpec
 
@@ -172,8 +170,7 @@ class Meters:
             return
         self._safely(lambda: self._emit(self._first(load, warm_up)))
         threading.Thread(target=self._run, name="marwright-metrics", daemon=True).start()
-        atexit.register(self.close)
-        self._safely(lambda: _before_sigterm(self.close))
+        ending.before(self.close)
 
     def batch(
         self,
@@ -212,7 +209,7 @@ class Meters:
     def close(self) -> None:
         """Emit what is left; nothing is emitted afterwards."""
         self._over.set()
-        atexit.unregister(self.close)
+        ending.forget(self.close)
         self.flush()
 
     def _run(self) -> None:
@@ -406,17 +403,3 @@ def _counters(cache: Any) -> dict[str, Any]:
 def _taken(waiting: deque[_Item]) -> list[_Item]:
     """What is there now. Each step is atomic, so nobody who appends meanwhile needs a lock."""
     return [waiting.popleft() for _ in range(len(waiting))]
-
-
-def _before_sigterm(last: Callable[[], None]) -> None:
-    """Do one last thing when this process is told to end, then end as it would have."""
-    here = threading.current_thread() is threading.main_thread()
-    if not here or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-        return
-
-    def ended(number: int, _: object) -> None:
-        last()
-        signal.signal(number, signal.SIG_DFL)
-        os.kill(os.getpid(), number)
-
-    signal.signal(signal.SIGTERM, ended)

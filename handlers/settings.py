@@ -1,8 +1,9 @@
 """What the machine tells a worker, read once.
 
-The archive's `model-config.yaml` may say `handler: {threads: 2, metrics: off}`; the variables `MARWRIGHT_THREADS` and
-`MARWRIGHT_METRICS` beat it. Nothing said means one thread, whatever OMP_NUM_THREADS or the number of cores would have
-meant, and metrics.
+The archive's `model-config.yaml` may say `handler: {threads: 2, metrics: off, capture: 0.1}`; the variables
+`MARWRIGHT_THREADS`, `MARWRIGHT_METRICS` and so on beat it. Nothing said means one thread, whatever OMP_NUM_THREADS or
+the number of cores would have meant, metrics, and no capture. Where the spool is, and how large it may grow, is the
+machine's alone to say: no path of a machine is in an archive, and without a spool nothing is ever captured.
 
     settings = WorkerSettings.read(os.environ, context.model_yaml_config)
     settings.apply()
@@ -11,8 +12,11 @@ meant, and metrics.
 from __future__ import annotations
 
 import contextlib
+import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +32,25 @@ class WorkerSettings:
     """Threads that one forward pass may use; 1 to 1024."""
     metrics: bool = True
     """Whether this worker counts what it does."""
+    capture: float = 0.0
+    """Share of the predict requests that are written to the spool; 0 to 1."""
+    capture_bodies: bool = True
+    """Whether their bodies are written; else their sha256 alone."""
+    capture_redact: str = ""
+    """`module:function` that is given each body, and its content type, before it is written; see `handlers.capture`."""
+    capture_seed: int = 0
+    """The same request id and the same seed are the same decision, in every worker."""
+    spool: Path | None = None
+    """Absolute; without it nothing is captured."""
+    spool_mb: int = 1024
+    """Megabytes (2²⁰ bytes) of the spool, beyond which nothing is added to it."""
+    spool_hours: float = 168.0
+    """Age at which a captured request that nobody took is removed; labels are never."""
+
+    @property
+    def captures(self) -> bool:
+        """Whether this worker captures anything."""
+        return self.spool is not None and self.capture > 0
 
     @classmethod
     def read(cls, environ: Mapping[str, str], model_config: Mapping[str, Any] | None) -> WorkerSettings:
@@ -40,7 +63,7 @@ class WorkerSettings:
             known = ", ".join(_READERS)
             raise LoadError(f"model-config.yaml: handler has unknown keys {', '.join(unknown)}; known: {known}")
         given: dict[str, Any] = {}
-        for key, reader in _READERS.items():
+        for key, reader in (_READERS | _OF_THE_MACHINE).items():
             variable = f"MARWRIGHT_{key.upper()}"
             if environ.get(variable):
                 given[key] = reader(environ[variable], variable)
@@ -56,14 +79,30 @@ class WorkerSettings:
             torch.set_num_interop_threads(self.threads)
 
 
-def _threads(value: object, name: str) -> int:
-    try:
-        threads = int(str(value))
-    except ValueError:
-        threads = 0
-    if not 1 <= threads <= 1024 or isinstance(value, bool):
-        raise LoadError(f"{name} is {value!r}; allowed: a whole number from 1 to 1024")
-    return threads
+def _whole(low: int, high: int) -> Callable[[object, str], int]:
+    def read(value: object, name: str) -> int:
+        try:
+            number = int(str(value))
+        except ValueError:
+            number = low - 1
+        if not low <= number <= high:
+            raise LoadError(f"{name} is {value!r}; allowed: a whole number from {low} to {high}")
+        return number
+
+    return read
+
+
+def _number(low: float, high: float) -> Callable[[object, str], float]:
+    def read(value: object, name: str) -> float:
+        try:
+            number = float(str(value))
+        except ValueError:
+            number = math.nan
+        if not low <= number <= high:
+            raise LoadError(f"{name} is {value!r}; allowed: a number from {low:g} to {high:g}")
+        return number
+
+    return read
 
 
 def _switch(value: object, name: str) -> bool:
@@ -74,4 +113,31 @@ def _switch(value: object, name: str) -> bool:
     return word in ("on", "true")
 
 
-_READERS: dict[str, Callable[[object, str], Any]] = {"threads": _threads, "metrics": _switch}
+def _function(value: object, name: str) -> str:
+    if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", value):
+        raise LoadError(f"{name} is {value!r}; allowed: module:function")
+    return value
+
+
+def _folder(value: object, name: str) -> Path:
+    """A worker's working directory is its own unpacked archive, which goes with it."""
+    folder = Path(str(value))
+    if not folder.is_absolute():
+        raise LoadError(f"{name} is {value!r}; allowed: an absolute path")
+    return folder
+
+
+_READERS: dict[str, Callable[[object, str], Any]] = {
+    "threads": _whole(1, 1024),
+    "metrics": _switch,
+    "capture": _number(0.0, 1.0),
+    "capture_bodies": _switch,
+    "capture_redact": _function,
+}
+_OF_THE_MACHINE: dict[str, Callable[[object, str], Any]] = {
+    "capture_seed": _whole(0, 2**63 - 1),
+    "spool": _folder,
+    "spool_mb": _whole(1, 2**30),
+    "spool_hours": _number(0.0, 1e6),
+}
+"""By variable alone."""

@@ -23,7 +23,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from handlers import base, bundle, instances, metrics
+from handlers import base, bundle, ending, instances, metrics
 from handlers.errors import KINDS, PHRASES, LoadError
 from handlers.metrics import METRICS, Meters
 from handlers.settings import WorkerSettings
@@ -65,7 +65,7 @@ class Counting:
 def count(unpacked: Any, threads: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Counting]]:
     """`count("digits")`: a handler that counts and emits when it is told to, not by the clock."""
     monkeypatch.setattr(metrics, "_PERIOD", 3600.0)
-    monkeypatch.setattr(metrics, "_before_sigterm", lambda last: None)  # the test's process keeps its own ways
+    monkeypatch.setattr(ending, "_before_sigterm", lambda: None)  # the test's process keeps its own ways
     begun: list[base.BatchHandler] = []
 
     def start(model: str = "digits", known: KnownMetrics | None = None) -> Counting:
