@@ -31,7 +31,7 @@ from torch.nn import functional
 from handlers.nets import ServingGraph
 from marwright import files
 from marwright.errors import RunError
-from marwright.learning import augmentation, evaluation, golden, graphs, optimisation, provenance, reporting
+from marwright.learning import augmentation, evaluation, golden, graphs, optimisation, provenance, reference, reporting
 from marwright.learning.dataset import Dataset, order, pieces
 from marwright.learning.recipe import Recipe
 from marwright.runs import Run
@@ -107,6 +107,7 @@ def _train(
     spec = graphs.spec(recipe, dataset, graph, run=run.id, metrics=scores.metrics)
     files.write_text(run.path / "spec.json", spec.to_json())
     golden.write(dataset, run.path)
+    reference.write(graph, dataset, run.path)
     files.write_json(run.path / "curves.json", trainer.curves)
     about |= {
         "epochs": len(trainer.curves),

@@ -285,7 +285,7 @@ def test_a_run_folder_holds_what_it_promises(digits_run: Run, digits: Dataset) -
     names = {path.name for path in digits_run.path.iterdir()}
     assert names == {
         "run.json", "recipe.json", "weights.pt", "spec.json", "examples.npz", "golden", "split.json", "curves.json",
-        "evaluation.json", "report.html",
+        "evaluation.json", "report.html", "reference.npz",
     }  # fmt: skip
     assert not left_over(digits_run.path)
     about = digits_run.about
