@@ -26,7 +26,7 @@ from marwright import files
 from marwright.errors import ArchiveExists, ArchiveInvalid
 from marwright.learning.recipe import Recipe
 from marwright.learning.tables import Serving
-from marwright.packing import container, exporting, golden, records, replay
+from marwright.packing import container, exporting, golden, records, reference, replay
 from marwright.packing.container import Content
 from marwright.packing.exporting import Artifact
 from marwright.packing.records import ArchiveRecord
@@ -118,6 +118,7 @@ def members(run: Run, artifact: Artifact, serving: Serving, twin: Artifact | Non
         found[TWIN] = twin.path
     found["model-config.yaml"] = model_config(serving)
     found |= golden.members(run, artifact.spec)
+    found |= reference.members(run)
     return found
 
 
