@@ -1,19 +1,22 @@
-"""Newly labelled examples beside the recipe's own data: a folder or zip of `<class>/<file>`.
+"""Newly labelled examples beside the recipe's own data: a folder or zip of `<class>/<file>`, and what production gave.
 
-    dataset = additions.joined(recipe, own, Path("new/digits"), cache=cache, progress=False)
+    dataset = additions.joined(recipe, own, Path("new/digits"), None, cache=cache, progress=False)
     additions.since(dataset, run)          # Difference(own=False, added=37, gone=0): what `run` has not learned from
 
-Every example of the own data stays in the part that it was in, and a new one is in the part that its content says,
-however many come later: no version is judged on what the one before has learned from. Only content counts: a file that
-got another name, or that is there already, is nothing new.
+Every example of the own data stays in the part that it was in. A new one of a folder is in the part that its content
+says, however many come later; one of production is in the part that comes with it, and what judges it is not among
+them (`feedback.selection`): no version is judged on what the one before has learned from. Only content counts: a file
+that got another name, or that is there already, is nothing new.
 """
 
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -54,18 +57,33 @@ def since(dataset: Dataset, run: Run) -> Difference:
     return Difference(own, len(there - learned), len(learned - there))
 
 
-def joined(recipe: Recipe, own: Dataset, where: Path, *, cache: Path, progress: bool) -> Dataset:
-    """`own` and the pictures in `where`. `DataError` for classes that `own` does not have, and for rows of numbers.
+def joined(
+    recipe: Recipe, own: Dataset, where: Path | None, feedback: Examples | None, *, cache: Path, progress: bool
+) -> Dataset:
+    """`own`, the pictures in `where`, and `feedback`, of the same classes, in its parts ("" goes by content).
+
+    `DataError` for classes that `own` does not have, and for rows of numbers.
 
     What cannot be read is left out with a note, and so is what contradicts other examples: nobody here can tell which
     label is right, and one wrong label shall not stop the others.
     """
     if not isinstance(own.input, ImageInput):
         raise DataError(
-            f"recipe {recipe.name} learns from rows of numbers, newly labelled examples ({where}) are pictures",
+            f"recipe {recipe.name} learns from rows of numbers, newly labelled examples ({where or 'production'}) are"
+            " pictures",
             hint="leave --new out; a recipe for rows is trained on its own data: `marwright archive`",
         )
-    found = folders.labelled(where, own.classes, progress=progress)
+    if feedback is not None and feedback.classes != own.classes:
+        raise DataError(
+            f"production's examples are of the classes {', '.join(feedback.classes)}, and recipe {recipe.name} of"
+            f" {', '.join(own.classes)}",
+            hint="a version with other classes starts with feedback of its own: give it another name",
+        )
+    found = _together(
+        own.classes,
+        folders.labelled(where, own.classes, progress=progress) if where is not None else None,
+        feedback,
+    )
     if not len(found):
         return replace(own, notes=(*own.notes, *found.notes))
     store = decoded.store(found, own.input, recipe.limits, cache=cache / "new" / recipe.name, progress=progress)
@@ -76,10 +94,11 @@ def joined(recipe: Recipe, own: Dataset, where: Path, *, cache: Path, progress: 
     inputs = torch.from_numpy(store.mapped() if streamed else store.held())
     choice = recipe.data
     parts = [
-        splitting.by_content(
+        part
+        or splitting.by_content(
             digest, seed=choice.split_seed, validation_share=choice.validation_share, test_share=choice.test_share
         )
-        for digest in found.digests
+        for digest, part in zip(found.digests, found.parts, strict=True)
     ]
     kept, left_out = _kept(own, found, inputs, parts, unreadable=store.unreadable)
     notes = (*own.notes, *found.notes, *left_out)
@@ -87,6 +106,26 @@ def joined(recipe: Recipe, own: Dataset, where: Path, *, cache: Path, progress: 
         return replace(own, notes=notes)
     made = _joined(own, found, inputs, {i: parts[i] for i in kept}, notes)
     return replace(made, streamed=own.streamed or streamed)
+
+
+def _together(classes: tuple[str, ...], *sources: Examples | None) -> Examples:
+    """All that there is, one after another."""
+    there = [source for source in sources if source is not None]
+    starts = [0, *accumulate(map(len, there))]
+
+    def raw(i: int) -> Body:
+        source = bisect_right(starts, i) - 1
+        return there[source].raw(i - starts[source])
+
+    return Examples(
+        names=[name for source in there for name in source.names],
+        digests=[digest for source in there for digest in source.digests],
+        targets=[int(target) for source in there for target in source.targets],
+        parts=[part for source in there for part in source.parts],
+        raw=raw,
+        classes=classes,
+        notes=tuple(note for source in there for note in source.notes),
+    )
 
 
 def _joined(own: Dataset, found: Examples, inputs: Tensor, parts: dict[int, str], notes: tuple[str, ...]) -> Dataset:

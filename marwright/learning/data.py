@@ -31,15 +31,20 @@ def load(
     *,
     path: Path | None = None,
     new: Path | None = None,
+    feedback: Examples | None = None,
     cache: Path = CACHE,
     progress: bool = True,
 ) -> Dataset:
-    """The recipe's data. `path` (folder or zip) goes before the recipe's own; `new` holds newly labelled examples.
+    """The recipe's data. `path` (folder or zip) goes before the recipe's own; `new` holds newly labelled examples, and
+    `feedback` those of production (`feedback.selection.examples`).
 
     `DataError` says what is wrong with the examples, all of a kind at once.
     """
     own = _load(recipe, path, cache, progress=progress)
-    return own if new is None else additions.joined(recipe, own, new.expanduser(), cache=cache, progress=progress)
+    if new is None and feedback is None:
+        return own
+    where = None if new is None else new.expanduser()
+    return additions.joined(recipe, own, where, feedback, cache=cache, progress=progress)
 
 
 def _load(recipe: Recipe, path: Path | None, cache: Path, *, progress: bool) -> Dataset:

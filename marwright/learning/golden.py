@@ -1,4 +1,7 @@
-"""Real examples that travel with a model, for those who check it later.
+"""Real examples that travel with a model, for those who check it later: the recipe's own alone.
+
+What was labelled later may be a request of production, which `marwright feedback forget` has to find everywhere that it
+is; archives are spread, and nobody takes a picture out of them.
 
 `examples.npz` holds inputs as the artifact takes them and their labels: the whole test part; of a large one as many as
 10 000 and 64 MiB, from all over it. It is the holdout that a gate judges by.
@@ -11,6 +14,7 @@ test part as far as it goes; listed in `golden.json`:
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +31,7 @@ GOLDEN = 16
 
 def write(dataset: Dataset, folder: Path) -> None:
     """Both, into a run folder. Same data, same bytes."""
-    test = dataset.test
+    test = _own(dataset, dataset.test)
     size = max(1, test.inputs[0].numel() * test.inputs.element_size())
     count = min(len(test), EXAMPLES, max(2, BYTES // size))
     inputs, targets = test.take(torch.linspace(0, len(test) - 1, count, dtype=torch.float64).round().long())
@@ -57,11 +61,19 @@ def chosen(dataset: Dataset) -> list[tuple[Part, int]]:
     says what the artifact answers, not how good that is.
     """
     found: list[tuple[Part, int]] = []
-    for part in (dataset.test, dataset.validation, dataset.train):
+    for part in (_own(dataset, part) for part in (dataset.test, dataset.validation, dataset.train)):
         found += [(part, position) for position in _in_turn(part, len(dataset.classes))]
         if len(found) >= GOLDEN:
             break
     return found[:GOLDEN]
+
+
+def _own(dataset: Dataset, part: Part) -> Part:
+    """The examples of `part` that are the recipe's own."""
+    if not dataset.digests:
+        return part
+    own = torch.tensor([row not in dataset.digests for row in part.rows.tolist()], dtype=torch.bool)
+    return replace(part, rows=part.rows[own], targets=part.targets[own])
 
 
 def _in_turn(part: Part, classes: int) -> list[int]:

@@ -110,17 +110,22 @@ def answers(champion: Floats, challenger: Floats) -> Check:
 
 
 def accuracy(champion: Judged, challenger: Judged, *, margin: float, confidence: float) -> Check:
-    """Passes where a loss of `margin` is ruled out, fails where any smaller loss is."""
+    """Passes where a loss of `margin` is ruled out, fails where any smaller loss is; of a margin of 0, where something
+    was won or lost.
+    """
     lost, won = _discordant(champion, challenger)
     examples = len(champion.right)
     low, high = paired.proportions(lost, won, examples, confidence)
-    needed = paired.examples_needed((lost + won) / examples, margin, confidence)
+    undecided = ""
+    if margin:
+        needed = paired.examples_needed((lost + won) / examples, margin, confidence)
+        undecided = f"; were they equally good, about {needed} examples would show it"
     before, after = champion.accuracy, challenger.accuracy
     return _margin(
         name="accuracy",
         said=f"accuracy {before:.4f} → {after:.4f} on {examples} examples",
         unit="",
-        undecided=f"; were they equally good, about {needed} examples would show it",
+        undecided=undecided,
         values=(before, after, after - before),
         bounds=(low, high),
         margin=margin,
@@ -270,7 +275,7 @@ def _margin(
 ) -> Check:
     (before, after, gain), (low, high) = values, bounds
     at = f"at {_percent(confidence)} confidence"
-    allowed = f"{margin:g} may be lost"
+    allowed = f"{margin:g} may be lost" if margin else "it has to be better"
     outcome: Outcome = "inconclusive"
     if low is None or high is None:
         sentence = f"{said}: too few to say anything {at}; {allowed}"
@@ -284,7 +289,7 @@ def _margin(
     else:
         most = f"{high:.4f} better" if high > 0 else f"{-high:.4f} worse"
         sentence = f"{said}: {unit}anything from {-low:.4f} worse to {most} {at}, and {allowed}{undecided}"
-    return Check(name, outcome, before, after, gain, -margin, low, high, sentence)
+    return Check(name, outcome, before, after, gain, 0.0 - margin, low, high, sentence)
 
 
 def _discordant(champion: Judged, challenger: Judged) -> tuple[int, int]:

@@ -5,8 +5,9 @@
     verdict.reason       # "accuracy 0.9721 → 0.9415 on 10000 examples: worse by at least 0.0231 …"
 
 Both versions answered the same labelled examples, so everything is paired. "pass" is a proof that no more than
-`policy.margin` was lost; what is not proved is not passed. Each look spends its share of the error (Bonferroni), so
-that the error of all looks together is what the policy says. docs/adr/0005-the-gate.md has the reasons.
+`policy.margin` was lost, or with a margin of 0 that something was won; what is not proved is not passed. Each look
+spends its share of the error (Bonferroni), so that the error of all looks together is what the policy says.
+docs/adr/0005-the-gate.md has the reasons.
 """
 
 from __future__ import annotations
@@ -37,11 +38,11 @@ class Observed:
     version: str
     outputs: Floats
     """N×K probabilities by class, or N values of a regressor."""
-    seconds: Floats
-    """N latencies at the pinned URL, measured in turns with the other version's."""
-    size: int
-    """Bytes of the archive."""
-    memory: int
+    seconds: Floats | None = None
+    """N latencies at the pinned URL, measured in turns with the other version's; None before there is an archive."""
+    size: int = 0
+    """Bytes of the archive; 0 is unknown."""
+    memory: int = 0
     """Bytes of the largest worker; 0 is unknown."""
 
 
@@ -140,7 +141,8 @@ def decide(
 ) -> Verdict:
     """The verdict of look number `look` (from 1) on N examples; `truth` is N class indices, or N values of a regressor.
 
-    "pass" where every check passes, "fail" where one fails. ValueError where shapes do not fit one another.
+    Latencies are compared where both were measured. "pass" where every check passes, "fail" where one fails. ValueError
+    where shapes do not fit one another.
     """
     _validate(champion, challenger, truth, classes)
     if not 1 <= look <= policy.looks:
@@ -168,12 +170,16 @@ def decide(
     else:
         outputs = champion.outputs, challenger.outputs
         made.append(checks.error(*outputs, truth, margin=policy.margin, confidence=confidence))
+    latencies: tuple[Latency, ...] = ()
+    if champion.seconds is not None and challenger.seconds is not None:
+        times = champion.seconds, challenger.seconds
+        made.append(checks.latency(*times, limit=policy.max_latency_ratio, confidence=confidence))
+        quantiles = [np.quantile(seconds, SHARES).tolist() for seconds in times]
+        latencies = tuple(Latency(*row) for row in zip(SHARES, *quantiles, strict=True))
     made += [
-        checks.latency(champion.seconds, challenger.seconds, limit=policy.max_latency_ratio, confidence=confidence),
         checks.ratio("size", "archive", champion.size, challenger.size, limit=policy.max_size_ratio),
         checks.ratio("memory", "largest worker", champion.memory, challenger.memory, limit=policy.max_memory_ratio),
     ]
-    quantiles = [np.quantile(one.seconds, SHARES).tolist() for one in (champion, challenger)]
     return Verdict(
         outcome=_overall(made),
         champion=champion.version,
@@ -187,7 +193,7 @@ def decide(
         classes=rows,
         champion_bins=bins[0],
         challenger_bins=bins[1],
-        latencies=tuple(Latency(*row) for row in zip(SHARES, *quantiles, strict=True)),
+        latencies=latencies,
     )
 
 
@@ -212,7 +218,8 @@ def _validate(champion: Observed, challenger: Observed, truth: NDArray[Any], cla
     elif not np.isfinite(truth).all():
         raise ValueError("truth holds values that are not finite")
     for one in (champion, challenger):
-        if one.seconds.shape != (count,) or not (np.isfinite(one.seconds) & (one.seconds > 0)).all():
+        seconds = one.seconds
+        if seconds is not None and (seconds.shape != (count,) or not (np.isfinite(seconds) & (seconds > 0)).all()):
             raise ValueError(f"latencies of {one.version} are not {count} positive numbers of seconds")
         if one.size < 0 or one.memory < 0:
             raise ValueError(f"size and memory of {one.version} are {one.size} and {one.memory}")

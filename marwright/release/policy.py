@@ -59,8 +59,10 @@ class ShadowPolicy(_Table):
 class GatePolicy(_Table):
     """Limits of `gate.decide`."""
 
-    margin: Annotated[float, Field(gt=0, lt=1)] = 0.005
-    """Accuracy that may be lost, as a share of 1; of a regressor, a share of the champion's mean absolute error."""
+    margin: Annotated[float, Field(ge=0, lt=1)] = 0.005
+    """Accuracy that may be lost, as a share of 1; of a regressor, a share of the champion's mean absolute error.
+
+    0 wants proof that the challenger is better."""
     confidence: Confidence = 0.95
     """One-sided, of a whole rollout: the error is split over the looks."""
     looks: Annotated[int, Field(ge=1, le=20)] = 3

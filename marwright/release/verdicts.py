@@ -62,13 +62,14 @@ def page(verdict: Verdict, *, title: str) -> str:
             alt="reliability diagram of both",
             caption="How often answers of some confidence were right; a larger dot stands for more answers.",
         )
-    made.section("Latency").figure(
-        _latencies(verdict), alt="share of requests answered within a time", caption="At the pinned URLs, in turns."
-    )
-    made.table(
-        ("share of requests", f"{first}, ms", f"{second}, ms"),
-        [(row.share, 1000 * row.champion, 1000 * row.challenger) for row in verdict.latencies],
-    )
+    if verdict.latencies:
+        made.section("Latency").figure(
+            _latencies(verdict), alt="share of requests answered within a time", caption="At the pinned URLs, in turns."
+        )
+        made.table(
+            ("share of requests", f"{first}, ms", f"{second}, ms"),
+            [(row.share, 1000 * row.champion, 1000 * row.challenger) for row in verdict.latencies],
+        )
     return made.html()
 
 

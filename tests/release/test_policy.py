@@ -74,7 +74,7 @@ def test_the_file_given_beats_the_models_own_beats_the_default_beats_nothing(tmp
 def test_all_problems_are_said_at_once_with_key_value_and_what_is_allowed() -> None:
     said = refused(
         {
-            "gate": {"margn": 0.1, "margin": 0, "looks": 1.5, "confidence": 1},
+            "gate": {"margn": 0.1, "margin": -1, "looks": 1.5, "confidence": 1},
             "ready": {"seconds": True},
             "settle": {"drain_seconds": float("inf")},
             "watch": 3,
@@ -84,13 +84,13 @@ def test_all_problems_are_said_at_once_with_key_value_and_what_is_allowed() -> N
     for part in (
         "8 things",
         "gate.margn is unknown (did you mean margin?); allowed: class_confidence,",
-        "gate.margin is 0; allowed: greater than 0",
+        "gate.margin is -1; allowed: greater than or equal to 0",
         "gate.looks is 1.5; allowed: a valid integer",
         "gate.confidence is 1; allowed: less than 1",
         "ready.seconds is True",
         "settle.drain_seconds is inf; allowed: a finite number",
         "watch is 3; allowed: a table, [watch]",
-        "gates is unknown (did you mean gate?); allowed: gate, ready, server,",
+        "gates is unknown (did you mean gate?); allowed: gate, judge, learn, ready, server,",
     ):
         assert part in said
 
@@ -119,7 +119,8 @@ def test_the_page_has_every_key_with_its_default(table: str, key: str, default: 
     section = re.split(r"^## ", PAGE.read_text("utf-8"), flags=re.MULTILINE)
     found = [part for part in section if part.startswith(f"`[{table}]`")]
     assert len(found) == 1
-    assert re.search(rf"^\| `{key}` \| {re.escape(f'{default:g}')} \| \S", found[0], flags=re.MULTILINE)
+    shown = default if isinstance(default, str) else f"{default:g}"
+    assert re.search(rf"^\| `{key}` \| {re.escape(shown)} \| \S", found[0], flags=re.MULTILINE)
 
 
 def test_the_page_says_how_many_examples_a_margin_needs() -> None:
