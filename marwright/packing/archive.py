@@ -14,6 +14,7 @@ import json
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import filelock
 import yaml
@@ -21,9 +22,8 @@ from model_archiver.manifest_components.manifest import Manifest, RuntimeType
 from model_archiver.manifest_components.model import Model
 
 import handlers
-from handlers.spec import ModelSpec
 from marwright import files
-from marwright.errors import ArchiveExists, ArchiveInvalid
+from marwright.errors import ArchiveError, ArchiveExists, ArchiveInvalid
 from marwright.learning.recipe import Recipe
 from marwright.learning.tables import Serving
 from marwright.packing import container, exporting, golden, records, reference, replay
@@ -55,10 +55,41 @@ def write(
     Raises ArchiveExists where `version` is taken by something else, ArchiveInvalid where it does not load.
     """
     model = recipe.name
+    if model == records.COLLECTOR:
+        raise ArchiveError(
+            f"no recipe can be called {model}: the model that takes labels is", hint="give it another name"
+        )
     twin = exporting.twin(run, artifact) if recipe.serving.explain else None
     spec = replace(artifact.spec, top_k=recipe.serving.top_k, limits=recipe.limits, twin=_twin_name(artifact, twin))
     body = members(run, replace(artifact, spec=spec), recipe.serving, twin)
-    content = _content_digest(_digests(body))
+    twin_size = twin.path.stat().st_size if twin and TWIN in body else 0
+    facts = {"run": run.id, "format": spec.format, "workers": recipe.serving.workers, "metrics": dict(spec.metrics)}
+    return build(
+        store,
+        model,
+        body,
+        facts | {"twin_size": twin_size},
+        handler=HANDLERS[spec.task],
+        artifact=spec.artifact,
+        version=version,
+        used=used,
+    )
+
+
+def build(
+    store: Path,
+    model: str,
+    members: Mapping[str, Content],
+    facts: Mapping[str, Any],
+    *,
+    handler: str,
+    artifact: str | None = None,
+    version: str | None = None,
+    used: Collection[str] = (),
+) -> tuple[ArchiveRecord, bool]:
+    """The archive of these members and its record, as `write`; `facts` are the record's fields that no file tells."""
+    content = _content_digest(_digests(members))
+    body = dict(members)
     store.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(store / ".archive.lock"):  # two builds at a time must not choose one number
         same = [each for each in records.records(store, model) if each.content == content]
@@ -67,7 +98,7 @@ def write(
             return same[-1], False
         # Where only the file was lost, the same content makes the same bytes again.
         number = same[-1].version if same else _free_number(store, model, version, used)
-        body[MANIFEST] = _manifest(model, number, spec)
+        body[MANIFEST] = _manifest(model, number, handler, artifact)
         digests = (json.dumps(_digests(body), indent=2, sort_keys=True) + "\n").encode()
         body[DIGESTS] = digests
         file = f"{model}-{number}.mar"
@@ -82,20 +113,22 @@ def write(
                 size=temporary.stat().st_size,
                 bundle=hashlib.sha256(digests).hexdigest()[:16],
                 content=content,
-                run=run.id,
-                format=spec.format,
-                workers=recipe.serving.workers,
-                metrics=dict(spec.metrics),
-                twin_size=twin.path.stat().st_size if twin and TWIN in body else 0,
+                **facts,
             )
             if same and record.sha256 != same[-1].sha256:
                 raise ArchiveInvalid(
                     f"{file} was lost and cannot be built again",
                     [f"its sha256 would be {record.sha256[:12]}…, the record says {same[-1].sha256[:12]}…"],
-                    hint="remove its record for good; `make archive` then builds the next version",
+                    hint="remove its record for good; the same command then builds the next version",
                 )
         files.write_json(store / records.record_name(file), asdict(record))
     return record, True
+
+
+def package() -> dict[str, Content]:
+    """The handlers, by path in the archive."""
+    folder = Path(str(handlers.__file__)).parent
+    return {f"handlers/{path.name}": path for path in sorted(folder.glob("*.py"))}
 
 
 def _free_number(store: Path, model: str, version: str | None, used: Collection[str]) -> str:
@@ -110,8 +143,7 @@ def _free_number(store: Path, model: str, version: str | None, used: Collection[
 
 def members(run: Run, artifact: Artifact, serving: Serving, twin: Artifact | None = None) -> dict[str, Content]:
     """Everything but MAR-INF, by its path in the archive."""
-    package = Path(str(handlers.__file__)).parent
-    found: dict[str, Content] = {f"handlers/{path.name}": path for path in sorted(package.glob("*.py"))}
+    found = package()
     found["spec.json"] = artifact.spec.to_json().encode()
     found[artifact.spec.artifact] = artifact.path
     if twin is not None and artifact.spec.twin == TWIN:
@@ -143,12 +175,12 @@ def _twin_name(artifact: Artifact, twin: Artifact | None) -> str:
     return artifact.spec.artifact if twin.path == artifact.path else TWIN
 
 
-def _manifest(model: str, version: str, spec: ModelSpec) -> bytes:
+def _manifest(model: str, version: str, handler: str, artifact: str | None) -> bytes:
     """Made by the stock archiver's own classes; only the time is ours."""
     described = Model(
         model_name=model,
-        serialized_file=spec.artifact,
-        handler=HANDLERS[spec.task],
+        serialized_file=artifact,
+        handler=handler,
         model_version=version,
         config_file="model-config.yaml",
     )

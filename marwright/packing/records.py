@@ -16,6 +16,10 @@ from packaging.version import Version
 from marwright import files
 from marwright.errors import ArchiveError
 
+COLLECTOR = "feedback"
+"""The model that takes labels. It learns nothing, so nothing is trained, rolled out or asked by default under that
+name."""
+
 _VERSION = re.compile(r"(0|[1-9]\d*)\.(0|[1-9]\d*)")
 
 
