@@ -47,6 +47,11 @@ def load(
     return additions.joined(recipe, own, where, feedback, cache=cache, progress=progress)
 
 
+def classes(recipe: Recipe, path: Path | None = None, *, cache: Path = CACHE) -> tuple[str, ...]:
+    """The labels that the recipe's own data have, in their order; none of a regressor's."""
+    return find(recipe, path=path, cache=cache).classes
+
+
 def _load(recipe: Recipe, path: Path | None, cache: Path, *, progress: bool) -> Dataset:
     found = find(recipe, path=path, cache=cache, progress=progress)
     image = recipe.data.image()
