@@ -66,14 +66,18 @@ class Evaluation:
         return document
 
 
-def evaluate(graph: ServingGraph, part: Part, *, classes: Sequence[str] = (), batch_size: int = 512) -> Evaluation:
-    """Judge `graph` on `part`; `classes` name the labels (classification)."""
+def evaluate(
+    graph: ServingGraph, part: Part, *, classes: Sequence[str] = (), batch_size: int = 512, embedded: bool = False
+) -> Evaluation:
+    """Judge `graph` on `part`; `classes` name the labels (classification). `embedded`: its inputs are embeddings."""
     device = graph.mean.device
     outputs, targets, total = [], [], 0.0
     graph.eval()
     with torch.inference_mode():
         for inputs, wanted in part.batches(batch_size):
-            out = graph.net(graph.normalise(inputs.to(device))).float().cpu()
+            inputs = inputs.to(device)
+            out = graph.net.head(inputs) if embedded else graph.net(graph.normalise(inputs))
+            out = out.float().cpu()
             if graph.task == "classification":
                 total += float(functional.cross_entropy(out, wanted, reduction="sum"))
                 out = torch.softmax(out, dim=1)

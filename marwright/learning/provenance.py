@@ -9,6 +9,7 @@ import hashlib
 import json
 import platform
 import subprocess
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ import torch
 
 import handlers
 from marwright import files
-from marwright.learning import transfer
+from marwright.learning import methods, transfer
 from marwright.learning.dataset import Dataset
+from marwright.learning.methods import Method
 from marwright.learning.recipe import Recipe
 from marwright.runs import Run
 
@@ -27,13 +29,16 @@ HERE = Path(__file__).parent
 HANDLERS = Path(handlers.__file__).parent
 
 
-def run_id(recipe: Recipe, dataset: Dataset, start: Run | None = None) -> str:
-    """`<recipe>-<12 hex digits>` of the resolved recipe, the data, the code and the weights of `start`. Where the data
-    lies does not matter."""
+def run_id(recipe: Recipe, dataset: Dataset, start: Run | None = None, method: Method | None = None) -> str:
+    """`<recipe>-<12 hex digits>` of the resolved recipe, the data, the code, the weights of `start` and the method,
+    unless that learns from everything as ever. Where the data lies does not matter."""
     # What was skipped follows from the serving limits too, which are not in the recipe's digest.
     digests: list[Any] = [recipe_digest(recipe), dataset.digest, code_digest(), *dataset.split.get("skipped", ())]
+    start = methods.start_of(method, start)
     if start is not None:
         digests.append({"start": files.sha256(start.weights)})
+    if method is not None and not method.everything:
+        digests.append({"method": asdict(method)})
     return f"{recipe.name}-{hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:12]}"
 
 
@@ -58,7 +63,9 @@ def code_digest() -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def about(recipe: Recipe, dataset: Dataset, *, run: str, start: Run | None = None) -> dict[str, Any]:
+def about(
+    recipe: Recipe, dataset: Dataset, *, run: str, start: Run | None = None, method: Method | None = None
+) -> dict[str, Any]:
     """`run.json`, less the times. `start` in it is the run whose weights were the initial ones, or null."""
     return {
         "id": run,
@@ -73,6 +80,7 @@ def about(recipe: Recipe, dataset: Dataset, *, run: str, start: Run | None = Non
         "threads": torch.get_num_threads(),
         "commit": commit(),
         "start": {"run": start.id, "weights": files.sha256(start.weights)} if start else None,
+        "method": method.name if method else "warm" if start else "scratch",
         "examples": {part.name: len(part) for part in dataset.parts},
         "new_examples": len(dataset.split.get("new", ())),
         "streamed": dataset.streamed,

@@ -3,6 +3,7 @@
     run = training.train(recipe, dataset, Path("runs"))
     graph = training.load_graph(run)
     training.train(recipe, more, Path("runs"), start=run)      # its weights are the initial ones
+    training.train(recipe, more, Path("runs"), start=run, method=methods.named("replay"))
 
 All that is random comes from (seed, what for, epoch): an interrupted run that is resumed after any whole epoch ends
 with the weights, bit for bit, of one that never stopped. The best epoch on the validation part is kept.
@@ -17,6 +18,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -31,8 +33,19 @@ from torch.nn import functional
 from handlers.nets import ServingGraph
 from marwright import files
 from marwright.errors import RunError
-from marwright.learning import augmentation, evaluation, golden, graphs, optimisation, provenance, reference, reporting
+from marwright.learning import (
+    augmentation,
+    evaluation,
+    golden,
+    graphs,
+    methods,
+    optimisation,
+    provenance,
+    reference,
+    reporting,
+)
 from marwright.learning.dataset import Dataset, order, pieces
+from marwright.learning.methods import Batch, Method, Plan
 from marwright.learning.recipe import Recipe
 from marwright.runs import Run
 
@@ -49,24 +62,27 @@ def train(
     run_dir_root: Path,
     *,
     start: Run | None = None,
+    method: Method | None = None,
     resume: bool = False,
     progress: bool = True,
     watch: Callable[[Row], None] | None = None,
 ) -> Run:
     """A finished run; at once if the same was trained before. `watch` is called after every whole epoch.
 
-    `start`'s weights are the initial ones; RunError if it has another net or other classes.
+    `start`'s weights are the initial ones; RunError if it has another net or other classes. `method` says what is
+    learned from, and for how long; without one it is everything, as the recipe says.
     `resume` goes on from the last whole epoch, where there is one. Ctrl-C leaves that epoch's checkpoint and nothing
     half-written.
     """
-    run = Run(run_dir_root / provenance.run_id(recipe, dataset, start))
+    start = methods.start_of(method, start)
+    run = Run(run_dir_root / provenance.run_id(recipe, dataset, start, method))
     if run.finished:
         return run
     run_dir_root.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(run_dir_root / f".{run.id}.lock"):  # a second training of the same waits, and finds it done
         if run.finished:
             return run
-        return _train(run, recipe, dataset, start=start, resume=resume, progress=progress, watch=watch)
+        return _train(run, recipe, dataset, start=start, method=method, resume=resume, progress=progress, watch=watch)
 
 
 def _train(
@@ -75,17 +91,20 @@ def _train(
     dataset: Dataset,
     *,
     start: Run | None,
+    method: Method | None,
     resume: bool,
     progress: bool,
     watch: Callable[[Row], None] | None,
 ) -> Run:
     started = time.perf_counter()
-    trainer, checkpoint = Trainer(recipe, dataset, start), run.path / CHECKPOINT
+    trainer, checkpoint = Trainer(recipe, dataset, start, method), run.path / CHECKPOINT
     if not resume and run.path.exists():
         shutil.rmtree(run.path)
     for part in run.path.glob(".*.part"):  # of a training that was killed while it wrote
         part.unlink(missing_ok=True)
-    about = provenance.about(recipe, dataset, run=run.id, start=start)
+    about = provenance.about(recipe, dataset, run=run.id, start=start, method=method)
+    if trainer.plan is not None:
+        about["learned_from"] = {"new": len(trainer.plan.new), "buffer": len(trainer.plan.buffer)}
     about["started"] = datetime.now(UTC).isoformat(timespec="seconds")
     files.write_json(run.path / "run.json", about)
     files.write_json(run.path / "recipe.json", recipe.to_dict())
@@ -93,7 +112,7 @@ def _train(
     if checkpoint.is_file():
         trainer.restore(torch.load(checkpoint, map_location=trainer.device, weights_only=True))
         about["resumed_after_epoch"] = len(trainer.curves)
-    with _bar(recipe, enabled=progress) as advance:
+    with _bar(recipe.name, trainer.choice.epochs, enabled=progress) as advance:
         advance(trainer.curves)
         while not trainer.done:
             row = trainer.epoch()
@@ -112,7 +131,7 @@ def _train(
     about |= {
         "epochs": len(trainer.curves),
         "best_epoch": trainer.best_epoch,
-        "stopped_early": len(trainer.curves) < recipe.training.epochs,
+        "stopped_early": len(trainer.curves) < trainer.choice.epochs,
         "seconds": {
             "training": round(sum(row["seconds"] for row in trainer.curves), 3),
             "total": round(time.perf_counter() - started, 3),
@@ -128,9 +147,14 @@ def _train(
 class Trainer:
     """One training under way: `epoch()` until `done`; `state()` after any epoch is enough to go on."""
 
-    def __init__(self, recipe: Recipe, dataset: Dataset, start: Run | None = None) -> None:
+    def __init__(
+        self, recipe: Recipe, dataset: Dataset, start: Run | None = None, method: Method | None = None
+    ) -> None:
         self.recipe = recipe
         self.dataset = dataset
+        self.part, self.validation = dataset.train, dataset.validation
+        self.plan: Plan | None = None
+        self.answers: Tensor | None = None
         self.choice = recipe.training
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         with self._seeded("weights", 0):
@@ -140,6 +164,8 @@ class Trainer:
         self.graph = graph.to(self.device)
         if recipe.task == "classification":
             self.graph = self.graph.to(memory_format=torch.channels_last)
+        if method is not None and not method.everything:
+            self._follow(method, start)
         self.optimiser = optimisation.optimiser(self.choice.optimiser, self.graph.net, l2=self.choice.regularisation.l2)
         self.curves: list[Row] = []
         self.best_epoch = 0
@@ -157,7 +183,7 @@ class Trainer:
         number = len(self.curves)
         with self._seeded("dropout", number):
             loss, lr = self._pass(number)
-        scores = evaluation.evaluate(self.graph, self.dataset.validation, classes=self.dataset.classes)
+        scores = evaluation.evaluate(self.graph, self.validation, classes=self.dataset.classes, embedded=self._frozen)
         if not (math.isfinite(loss) and math.isfinite(scores.loss)):
             raise RunError(
                 f"training came apart in epoch {number + 1}: the loss is {loss}",
@@ -199,15 +225,19 @@ class Trainer:
 
     def _pass(self, number: int) -> tuple[float, float]:
         """One pass over the training part: the mean loss, and the last learning rate."""
-        part, choice, regular = self.dataset.train, self.choice, self.choice.regularisation
+        part, choice, regular = self.part, self.choice, self.choice.regularisation
         generator = torch.Generator().manual_seed(_seed(choice.seed, "order", number))
-        batches = pieces(order(len(part), part.inputs, generator=generator), choice.batch_size)
+        if self.plan is not None:
+            batches = self.plan.batches(part.inputs, generator=generator)
+        else:
+            shuffled = order(len(part), part.inputs, generator=generator)
+            batches = [Batch(positions) for positions in pieces(shuffled, choice.batch_size)]
         if len(batches) > 1 and len(batches[-1]) == 1:  # a norm cannot learn from one example
             batches = batches[:-1]
         losses = [row["validation_loss"] for row in self.curves]
         total, lr = torch.zeros((), device=self.device), 0.0
         self.graph.train()
-        for step, positions in enumerate(batches):
+        for step, batch in enumerate(batches):
             # The middle of a step: a warm-up does not waste its first one, a cosine not its last.
             now = number + (step + 0.5) / len(batches)
             lr = choice.optimiser.lr * optimisation.factor(
@@ -215,25 +245,67 @@ class Trainer:
             )
             for group in self.optimiser.param_groups:
                 group["lr"] = lr
-            inputs, targets = part.take(positions)
-            if regular.flip or regular.crop:
+            inputs, targets = part.take(batch.positions)
+            if (regular.flip or regular.crop) and not self._frozen:
                 inputs = augmentation.augment(inputs, flip=regular.flip, crop=regular.crop, generator=generator)
-            loss = self._loss(inputs.to(self.device), targets.to(self.device))
+            loss = self._loss(inputs.to(self.device), targets.to(self.device), *batch.again)
             self.optimiser.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             if regular.l1:
                 optimisation.penalise(self.graph.net.parameters(), regular.l1)
             self.optimiser.step()
-            total += loss.detach() * len(positions)
+            total += loss.detach() * len(batch)
         return float(total) / sum(map(len, batches)), lr
 
-    def _loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+    def _loss(self, inputs: Tensor, targets: Tensor, again: Tensor | None = None) -> Tensor:
+        """Of one batch, whose last examples are those `again` of the buffer."""
+        out = self._out(inputs)
+        if again is None or self.plan is None:
+            return self._error(out, targets)
+        method, first = self.plan.method, len(targets) - len(again)
+        error = self._error(out[:first], targets[:first]) + method.beta * self._error(out[first:], targets[first:])
+        if self.answers is not None:
+            error = error + method.alpha * functional.mse_loss(out[first:], self.answers[again])
+        return error / (1.0 + method.beta)
+
+    def _out(self, inputs: Tensor) -> Tensor:
+        """N×K logits, or N×1 in the target's own scale; of embeddings where the net below the head is frozen."""
+        if self._frozen:
+            return self.graph.net.head(inputs)
         x = self.graph.normalise(inputs)
         if self.graph.task == "classification":
-            out = self.graph.net(x.contiguous(memory_format=torch.channels_last))
+            x = x.contiguous(memory_format=torch.channels_last)
+        out: Tensor = self.graph.net(x)
+        return out
+
+    def _error(self, out: Tensor, targets: Tensor) -> Tensor:
+        if self.graph.task == "classification":
             return functional.cross_entropy(out, targets, label_smoothing=self.choice.regularisation.label_smoothing)
         wanted = (targets - self.graph.target_mean) / self.graph.target_std
-        return functional.mse_loss(self.graph.net(x)[:, 0], wanted)
+        return functional.mse_loss(out[:, 0], wanted)
+
+    @property
+    def _frozen(self) -> bool:
+        return self.plan is not None and self.plan.method.frozen
+
+    def _follow(self, method: Method, start: Run | None) -> None:
+        """Make the plan, and once and for all what it needs of the net as it begins."""
+        if start is None:
+            raise RunError(
+                f"method {method.name} goes on from a run, and there is none", hint="train from scratch: method scratch"
+            )
+        plan = methods.plan(method, self.choice, self.dataset, start)
+        if method.frozen:
+            used = torch.cat([plan.new, plan.buffer])
+            everywhere = torch.arange(len(self.validation))
+            self.part = methods.embedded(self.graph, self.part, used)
+            self.validation = methods.embedded(self.graph, self.validation, everywhere)
+            methods.freeze(self.graph.net, self.part.take(everywhere[:1])[0].to(self.device))
+            numbers = torch.arange(len(used))
+            plan = replace(plan, new=numbers[: len(plan.new)], buffer=numbers[len(plan.new) :])
+        elif method.alpha and len(plan.buffer):
+            self.answers = methods.logits(self.graph, self.part, plan.buffer)
+        self.plan, self.choice = plan, plan.training
 
     @contextlib.contextmanager
     def _seeded(self, purpose: str, number: int) -> Iterator[None]:
@@ -266,14 +338,14 @@ def _save(path: Path, state: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def _bar(recipe: Recipe, *, enabled: bool) -> Iterator[Callable[[list[Row]], None]]:
+def _bar(name: str, epochs: int, *, enabled: bool) -> Iterator[Callable[[list[Row]], None]]:
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
         TextColumn("{task.fields[scores]}"),
     )  # fmt: skip
     console = Console()
     with Progress(*columns, console=console, disable=not (enabled and console.is_terminal)) as bar:
-        task = bar.add_task(f"training {recipe.name}", total=recipe.training.epochs, scores="")
+        task = bar.add_task(f"training {name}", total=epochs, scores="")
 
         def advance(curves: list[Row]) -> None:
             last = curves[-1] if curves else {}
@@ -281,6 +353,6 @@ def _bar(recipe: Recipe, *, enabled: bool) -> Iterator[Callable[[list[Row]], Non
             scores = "  ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in shown.items())
             bar.update(task, completed=len(curves), scores=scores)
             if enabled and last and not bar.console.is_terminal:  # a log gets a line for each epoch, not a moving bar
-                bar.console.print(f"epoch {len(curves)} of {recipe.training.epochs}  {scores}", soft_wrap=True)
+                bar.console.print(f"epoch {len(curves)} of {epochs}  {scores}", soft_wrap=True)
 
         yield advance
