@@ -14,6 +14,7 @@ PHRASES = {
     429: "Too Many Requests",
     500: "Internal Server Error",
     501: "Not Implemented",
+    503: "Service Unavailable",
 }
 """The status line's words. Fixed and ASCII: a line break here would kill the server's worker thread."""
 
@@ -25,6 +26,7 @@ KINDS = {
     429: "too_busy",
     500: "failed",
     501: "not_offered",
+    503: "failed",
 }
 """What metrics call each of them."""
 
@@ -33,7 +35,8 @@ class BadRequest(Exception):
     """One request that cannot be answered; `reason` is safe to show to whoever sent it.
 
     400 malformed · 413 over a limit · 415 not an image, or the wrong content type · 422 the right form with unusable
-    values · 429 too busy for it now · 500 our own fault · 501 not offered.
+    values · 429 too busy for it now · 500 our own fault · 501 not offered · 503 send it again
+    later.
     """
 
     def __init__(self, status: int, reason: str) -> None:
