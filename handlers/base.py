@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from handlers import answers, explanations, images, instances, payloads, runtime
 from handlers.answers import Sheet
 from handlers.bundle import Bundle
+from handlers.capture import Recorder
 from handlers.errors import PHRASES, BadRequest, LoadError
 from handlers.explanations import Explanation
 from handlers.metrics import Meters
@@ -109,6 +110,7 @@ class BatchHandler:
             self.meters.lost(len(data))
             raise
         self.meters.batch(batch.requests, batch.array, outputs, inferred - ready, time.perf_counter() - begun)
+        self.recorder.batch(data, batch.requests, outputs, context)
         return bodies
 
     def preprocess(self, data: Sequence[Any], context: Any) -> Batch:
@@ -212,6 +214,7 @@ class BatchHandler:
             "explanations": list(self.explainer.methods) if self.explainer else [],
             "device": self.runtime.device,
             "threads": self.settings.threads,
+            "capture": self.recorder.share,
             "pid": os.getpid(),
         }
 
@@ -250,8 +253,12 @@ class BatchHandler:
             "X-Worker-Pid": str(os.getpid()),
         }
         cache = context.metrics if self.settings.metrics else None
-        self.meters = Meters(cache, self.spec, model=self.model, version=self.version)
+        names = {"model": self.model, "version": self.version}
+        self.meters = Meters(cache, self.spec, captures=self.settings.captures, **names)
         self.meters.begin(loaded - begun, time.perf_counter() - loaded)
+        count = self.meters.captured
+        self.recorder = Recorder(self.settings, self.spec, bundle=self.bundle.digest, count=count, **names)
+        self.recorder.begin()
 
     def _decode(self, payload: Payload) -> list[NDArray[Any]]:
         if payload.form == "stock":

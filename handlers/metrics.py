@@ -101,6 +101,8 @@ METRICS = (
     Metric("marwright_predictions_total", "Instances by their top-1 class.", ("class",)),
     Metric("marwright_brightness", "Mean of an image's pixels, 0 to 1.", (), True, SHARES),
     Metric("marwright_contrast", "Standard deviation of an image's pixels, 0 to 0.5.", (), True, SPREADS),
+    Metric("marwright_captured_total", "Predict requests written to the spool."),
+    Metric("marwright_capture_dropped_total", "Predict requests that the spool lacks or lost.", ("reason",)),
     Metric("marwright_load_seconds", "A worker's start, but for its warm-up.", (), True),
     Metric("marwright_warm_up_seconds", "First forward passes of a worker.", (), True),
 )
@@ -109,6 +111,9 @@ METRICS = (
 _BUCKETS = {metric.name: metric.buckets for metric in METRICS}
 _OF_CLASSES = {"marwright_confidence", "marwright_entropy", "marwright_predictions_total"}
 _OF_IMAGES = {"marwright_brightness", "marwright_contrast"}
+DROPS = ("queue", "redact", "full", "disk", "old", "failed")
+"""Why a request is not in the spool: the disk was too slow, the redaction failed, the spool is full, the disk refused,
+nobody took it in time, or something that nobody thought of."""
 
 
 class Counted(Protocol):
@@ -145,9 +150,10 @@ class _Batch(NamedTuple):
 class Meters:
     """One worker's counts. The worker's thread calls; `flush` may be called from any. None of it raises."""
 
-    def __init__(self, cache: Any, spec: ModelSpec, *, model: str, version: str) -> None:
-        """`cache` is `context.metrics`; with None nothing is counted."""
+    def __init__(self, cache: Any, spec: ModelSpec, *, model: str, version: str, captures: bool = False) -> None:
+        """`cache` is `context.metrics`; with None nothing is counted. `captures` says whether the worker does."""
         self._spec = spec
+        self._captures = captures
         self._identity = (text(model), text(version))
         names = [text(label) for label in spec.classes]
         self._classes = names[:_NAMED] + [OTHER] * (len(names) - _NAMED)
@@ -158,6 +164,7 @@ class Meters:
         self._batches: deque[_Batch] = deque()
         self._explained: deque[float] = deque()
         self._lost: deque[int] = deque()
+        self._captured: deque[tuple[str, int]] = deque()
         # Bytes. One is written by the worker's thread alone, the other by whoever holds the lock.
         self._put = self._taken = 0
         self._turn = threading.RLock()
@@ -196,6 +203,11 @@ class Meters:
         """A batch of so many requests that the handler could not answer at all: TorchServe says 503 to each."""
         if self._counters:
             self._lost.append(requests)
+
+    def captured(self, requests: int, dropped: str = "") -> None:
+        """So many requests are in the spool, or are not, for one of the reasons in `DROPS`. From any thread."""
+        if self._counters:
+            self._captured.append((dropped, requests))
 
     def flush(self) -> None:
         """Emit what has come together since the last time."""
@@ -273,6 +285,8 @@ class Meters:
                 self._observe(grown, metric.name, [])
         for name in self._classes:
             self._count(grown, "marwright_predictions_total", (name,), 0)
+        for reason in ("", *DROPS) if self._captures else ():
+            self._count_captured(grown, reason, 0)
         self._observe(grown, "marwright_load_seconds", [load])
         self._observe(grown, "marwright_warm_up_seconds", [warm_up])
         return grown
@@ -288,6 +302,8 @@ class Meters:
         self._taken += sum(one.bytes for one in batches)
         grown: dict[Series, float] = {}
         self._count_request(grown, "predict", 503, sum(lost))
+        for reason, count in _taken(self._captured):
+            self._count_captured(grown, reason, count)
         self._observe(grown, "marwright_explain_seconds", explained)
         if batches:
             for part in (self._requests, self._answers, self._pictures):
@@ -348,6 +364,12 @@ class Meters:
         self._count(grown, "marwright_requests_total", (call, str(status)), by)
         if status >= 400:
             self._count(grown, "marwright_errors_total", (call, KINDS.get(status, "failed")), by)
+
+    def _count_captured(self, grown: dict[Series, float], dropped: str, by: int) -> None:
+        if dropped:
+            self._count(grown, "marwright_capture_dropped_total", (dropped,), by)
+        else:
+            self._count(grown, "marwright_captured_total", (), by)
 
     def _observe(self, grown: dict[Series, float], name: str, values: Any) -> None:
         given = np.asarray(values, np.float64)

@@ -12,9 +12,10 @@
 | `{"instances": […], "parameters"?}`                                            | kserve-v1          |
 | `{"inputs": […], "parameters"?, "outputs"?}`                                   | kserve-v2          |
 
-JSON may arrive decoded or as bytes. Beside the input there may be `top_k`, `explain` and, over gRPC, `meta`; beside
-`explain` what `explanations.CONTROLS` names. They stand in fields of their own, in the JSON object, or in KServe's
-`parameters`; a feature of that name comes first. The headers `X-Top-K`, `X-Explain-Method` and so on beat the fields.
+JSON may arrive decoded or as bytes. Beside the input there may be `top_k`, `explain`, `capture` and, over gRPC, `meta`;
+beside `explain` what `explanations.CONTROLS` names. They stand in fields of their own, in the JSON object, or in
+KServe's `parameters`; a feature of that name comes first. The headers `X-Top-K`, `X-Explain-Method` and so on beat the
+fields; `capture` is off where any place says so.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from handlers.spec import ModelSpec, VectorInput
 Form = Literal["stock", "list", "kserve-v1", "kserve-v2"]
 Fields = Mapping[str, Any]
 
-_CONTROLS = frozenset({"top_k", "meta", "explain"})
+_CONTROLS = frozenset({"top_k", "meta", "explain", "capture"})
 _EVERY_CONTROL = _CONTROLS | explanations.CONTROLS
 _EXPLAIN_HEADER = "x-explain-"
 _YES = frozenset({"1", "true", "yes", "on"})
@@ -51,12 +52,16 @@ class Headers:
     top_k: str | None = None
     controls: Mapping[str, str] = field(default_factory=dict)
     """Of `explanations.CONTROLS`, those that came as headers."""
+    capture: str | None = None
+    length: int = 0
+    """Bytes of the whole body; 0 where that is not said."""
 
     @classmethod
     def read(cls, headers: Mapping[str, Any]) -> Headers:
         """`headers` as TorchServe gives them: one text for a header, one dict for a field of the body."""
         http = describe = explain = form_encoded = False
-        top_k = None
+        top_k = capture = None
+        length = 0
         controls: dict[str, str] = {}
         for key, value in headers.items():
             if not isinstance(value, str):
@@ -72,9 +77,13 @@ class Headers:
                     top_k = value
                 elif name == "content-type":
                     form_encoded = value.lower().startswith("application/x-www-form-urlencoded")
+                elif name == "content-length":
+                    length = int(value) if value.isascii() and value.isdigit() and len(value) < 12 else 0
+                elif name == "x-capture":
+                    capture = value
                 elif name.startswith(_EXPLAIN_HEADER) and name[len(_EXPLAIN_HEADER) :] in explanations.CONTROLS:
                     controls[name[len(_EXPLAIN_HEADER) :]] = value
-        return cls(http, describe, explain, form_encoded, top_k, controls)
+        return cls(http, describe, explain, form_encoded, top_k, controls, capture, length)
 
 
 @dataclass(frozen=True)
@@ -92,6 +101,8 @@ class Payload:
     """KServe v2's requested outputs; empty means the usual ones."""
     ask: Ask | None = None
     """The explanation that is wanted of its one instance; None for a prediction."""
+    capture: bool = True
+    """False where the request asks not to be captured."""
 
 
 def parse(fields: Fields, headers: Headers, spec: ModelSpec) -> Payload:
@@ -102,9 +113,7 @@ def parse(fields: Fields, headers: Headers, spec: ModelSpec) -> Payload:
     explain = headers.explain or flag(fields, "explain")
     if explain:
         _require_twin(spec)
-    names = [name for name in fields if name not in _CONTROLS]
-    if explain or len(names) > 1:  # what asks for explanations is no input, unless a prediction has no other
-        names = [name for name in names if name not in explanations.CONTROLS]
+    names = inputs(fields, explain=explain)
     if len(names) != 1:
         found = f"the fields {', '.join(sorted(names))[:200]}" if names else "none"
         raise BadRequest(400, f"a request holds its input in one field, `data` say; this one has {found}")
@@ -116,12 +125,23 @@ def parse(fields: Fields, headers: Headers, spec: ModelSpec) -> Payload:
     beside = {name: value for name, value in fields.items() if name != names[0]}
     wanted = _first("top_k", {} if headers.top_k is None else {"top_k": headers.top_k}, beside, inside)
     payload = _document(given, wanted, spec) if isinstance(given, dict) else _plain(given, wanted, spec)
+    said = ({} if headers.capture is None else {"capture": headers.capture}), beside, inside
+    if not all(flag(place, "capture") for place in said if "capture" in place):
+        payload = replace(payload, capture=False)
     if not explain:
         return payload
     if len(payload.instances) != 1:
         raise BadRequest(422, f"one instance is explained at a time; this request holds {len(payload.instances)}")
     controls = {name: _first(name, headers.controls, beside, inside) for name in explanations.CONTROLS}
     return replace(payload, ask=Ask.read(controls, spec))
+
+
+def inputs(fields: Fields, *, explain: bool = False) -> list[str]:
+    """Names of the fields that hold the input; of a request that was understood there is one."""
+    names = [name for name in fields if name not in _CONTROLS]
+    if explain or len(names) > 1:  # what asks for explanations is no input, unless a prediction has no other
+        names = [name for name in names if name not in explanations.CONTROLS]
+    return names
 
 
 def flag(fields: Fields, name: str) -> bool:

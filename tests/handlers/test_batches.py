@@ -188,6 +188,7 @@ def test_a_description_says_what_is_serving_and_shares_a_batch(started: Any) -> 
         "explanations": [],
         "device": "cpu",
         "threads": 1,
+        "capture": 0.0,
         "pid": os.getpid(),
     }
 

@@ -123,7 +123,8 @@ def test_a_start_puts_every_series_of_a_classifier_at_zero_but_for_its_own_times
     assert (worker.sum("load_seconds_count"), worker.sum("warm_up_seconds_count")) == (1, 1)
     names = {key[0] for key in worker.known.sums}
     everything = {name for metric in METRICS for name, _, _ in metric.declared()}
-    assert everything - names == {f"marwright_explain_seconds_{part}" for part in ("bucket", "sum", "count")}
+    explained = {f"marwright_explain_seconds_{part}" for part in ("bucket", "sum", "count")}
+    assert everything - names == explained | {"marwright_captured_total", "marwright_capture_dropped_total"}
 
 
 def test_nothing_is_counted_later_that_was_not_there_at_zero(count: Any) -> None:
@@ -387,6 +388,27 @@ def test_its_own_thread_emits_by_itself_until_it_is_closed(count: Any, monkeypat
     for thread in alive:
         thread.join(20)
         assert not thread.is_alive()
+
+
+def test_what_is_captured_is_at_zero_where_a_worker_captures_and_counted_by_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ending, "_before_sigterm", lambda: None)
+    known = KnownMetrics(DECLARED)
+    meters = Meters(known, archives.spec("digits"), model="digits", version="1.0", captures=True)
+    meters.begin(0.1, 0.1)
+    series = {(name, *labels): value for (name, _, _, *labels), value in known.sums.items() if "captur" in name}
+    expected = {("marwright_capture_dropped_total", reason): 0.0 for reason in metrics.DROPS}
+    assert series == {**expected, ("marwright_captured_total",): 0.0}
+    for count, reason in ((3, ""), (2, "disk"), (4, ""), (1, "queue")):
+        meters.captured(count, reason)
+    meters.close()
+    sums = {(name, *labels): value for (name, _, _, *labels), value in known.sums.items() if "captur" in name and value}
+    assert sums == {
+        ("marwright_captured_total",): 7,
+        ("marwright_capture_dropped_total", "disk"): 2,
+        ("marwright_capture_dropped_total", "queue"): 1,
+    }
 
 
 class Broken(KnownMetrics):
