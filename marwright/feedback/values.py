@@ -65,7 +65,9 @@ class Label:
 class Picture:
     """A labelled picture that was no request."""
 
-    path: Path
+    name: str
+    data: bytes
+    """The file as it is."""
     label: str
     source: str
     time: float
@@ -83,8 +85,16 @@ class Added:
     """Of the new ones, those that name no class of the model that answered, or no number."""
     forgotten: int = 0
     """Refused: about requests that are to be forgotten."""
+
+
+@dataclass(frozen=True)
+class Pictured(Added):
+    """What became of labelled pictures."""
+
+    pictures: int = 0
+    """That were not there before."""
     unreadable: tuple[str, ...] = ()
-    """Pictures that cannot be read, and why."""
+    """Files that are no pictures, and why; left out."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,178 @@
+"""Every trace of a request, removed: rows, labels, example files, frames of the spool, what training kept of it.
+
+    forgotten = forgetting.forget(place, Path("feedback/spool"), "0d6c…")
+    forgetting.untrained(Path("runs"), forgotten.digests)       # the runs that have learned from it
+
+First its id's hash becomes a tombstone, so that whatever is still on its way is refused. Example files and entries of
+training's caches that another request shares stay. Weights cannot be unlearned: a training from scratch makes others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+
+from handlers import spool
+from handlers.spool import Frame
+from marwright import files
+from marwright.errors import DataError
+from marwright.feedback import ingesting, tables, tombs
+from marwright.feedback.database import found
+from marwright.feedback.ingesting import DAMAGED, Place
+from marwright.feedback.values import Forgotten
+from marwright.runs import Run
+
+GROWING_SECONDS = 20.0
+"""How long a segment that is still written to is waited for: its writer finishes it within some five seconds."""
+
+
+def forget(place: Place, folder: Path, request: str, *, patience: float = GROWING_SECONDS) -> Forgotten:
+    """Call it again to no harm. DataError where a segment that has the request is still written to after `patience`."""
+    with place.database.writing() as connection:
+        before = tombs.forgotten(connection, request)
+        tombs.bury(connection, request, known=False)
+    frames = _from_spool(place, folder, request, patience)
+    with place.lock, place.database.writing() as connection:
+        instance, label = tables.instances, tables.labels
+        digests = set(
+            connection.scalars(
+                sa.select(instance.c.digest).where(instance.c.request == request, instance.c.digest != "")
+            )
+        )
+        count = connection.scalar(sa.select(sa.func.count()).where(instance.c.request == request))
+        instances = int(count or 0)
+        there = connection.execute(sa.delete(tables.requests).where(tables.requests.c.id == request)).rowcount
+        labels = connection.execute(sa.delete(label).where(label.c.request == request)).rowcount
+        alone = digests - found(connection, instance.c.digest, digests)
+        known = bool(there or labels or frames)
+        tombs.bury(connection, request, known=known)
+        # Before the commit: whoever is killed here begins again, and finds the rows that say which files these are.
+        removed, _ = place.bodies.remove(alone)
+    if known or before:
+        place.database.shrink(whole=True)
+    return Forgotten(request, known, before, instances, labels, removed, frames, tuple(sorted(alone)))
+
+
+def untrained(runs: Path, digests: Iterable[str], *, remove: bool = True) -> list[Run]:
+    """Remove what training keeps of those examples; the runs that have learned from them.
+
+    Caches of new examples go as a whole: the next turn makes them again. `remove=False` only looks.
+    """
+    gone = set(digests)
+    learned = []
+    for path in sorted(runs.glob("*/split.json")):
+        try:
+            document = files.read_json(path)
+        except (OSError, ValueError):  # of a run that was killed: it cannot be told from one that has it
+            continue
+        cleaned = _cleaned(document, gone)
+        if cleaned != document:
+            learned.append(Run(path.parent))
+            if remove:
+                files.write_json(path, cleaned)
+    if remove:
+        for folder in (runs / "cache" / "new", runs / "feedback"):
+            with contextlib.suppress(FileNotFoundError):
+                shutil.rmtree(folder)
+    return learned
+
+
+def _cleaned(document: dict[str, Any], gone: set[str]) -> dict[str, Any]:
+    """A run's split without those examples."""
+    new = {digest: label for digest, label in document.get("new", {}).items() if digest not in gone}
+    parts = {
+        part: [name for name in names if not any(digest in name for digest in gone)]
+        for part, names in document.get("parts", {}).items()
+    }
+    return {**document, **({"new": new} if "new" in document else {}), **({"parts": parts} if parts else {})}
+
+
+def _from_spool(place: Place, folder: Path, request: str, patience: float) -> int:
+    """Frames that had something of the request. Segments that grow are waited for."""
+    until = time.monotonic() + patience
+    needle = json.dumps(request, ensure_ascii=False)[1:-1].encode("utf-8", "surrogatepass")
+    count = 0
+    while True:
+        growing = [path for path in folder.glob(f".*{spool.SUFFIX}.open") if _holds(path, needle)]
+        with place.lock:
+            for path in spool.finished(folder):
+                if _holds(path, needle):
+                    count += _rewritten(path, request)
+            for path in (folder / DAMAGED).glob("*"):  # what was whole in it is in the database
+                if _holds(path, needle):
+                    path.unlink()
+                    count += 1
+            for path in folder.glob(".*.part"):
+                path.unlink(missing_ok=True)
+        if not growing:  # when this look began: one that was finished since is found by the next
+            return count
+        if time.monotonic() > until:
+            raise DataError(
+                f"{request} is in a segment that a server still writes to: {growing[0].name}",
+                hint="run the same command again in a moment; until then nothing of it can be ingested",
+            )
+        time.sleep(0.2)
+
+
+def _holds(path: Path, needle: bytes) -> bool:
+    try:
+        return needle in path.read_bytes()
+    except FileNotFoundError:  # finished or taken meanwhile
+        return False
+
+
+def _rewritten(path: Path, request: str) -> int:
+    """The segment without the request, under the same name; how many frames had it."""
+    count, kept = 0, list[bytes]()
+    for frame in spool.frames(path):
+        cleaned = _without(frame, request)
+        count += cleaned is not frame
+        if cleaned is not None:
+            kept.append(spool.encode(cleaned.header, cleaned.payload))
+    whole = spool.whole(path)
+    if count or not whole:  # a damaged end may hold it, where nothing can be read
+        with files.replacing(path) as temporary:
+            temporary.write_bytes(b"".join(kept))
+    return count or int(not whole)
+
+
+def _without(frame: Frame, request: str) -> Frame | None:
+    """The same frame where it has nothing of the request; None where it has nothing else."""
+    said = frame.header.get("labels")
+    if isinstance(said, list):
+        others = [one for one in said if not (isinstance(one, Mapping) and one.get("request") == request)]
+        if len(others) == len(said):
+            return frame
+        return Frame({**frame.header, "labels": others}, frame.payload) if others else None
+    asked = frame.header.get("requests")
+    if not isinstance(asked, list) or not any(isinstance(one, Mapping) and one.get("id") == request for one in asked):
+        return frame
+    kept = [entry for entry in ingesting.entries(frame) if entry.head["id"] != request]
+    return _frame(frame, kept) if kept else None
+
+
+def _frame(frame: Frame, kept: list[ingesting.Entry]) -> Frame:
+    """A frame of some of another's requests."""
+    pieces: list[bytes] = []
+
+    def put(data: bytes) -> int:
+        start = sum(map(len, pieces))
+        pieces.append(data)
+        return start
+
+    heads = [
+        {**entry.head, "body": None if entry.body is None else [put(entry.body), len(entry.body)]} for entry in kept
+    ]
+    outputs = {}
+    for name, (_, _, columns, kind) in frame.header["outputs"].items():
+        data = b"".join(entry.outputs[name].tobytes() for entry in kept)
+        rows = sum(len(entry.outputs[name]) for entry in kept)
+        outputs[name] = [put(data), rows, columns, kind]
+    return Frame({**frame.header, "requests": heads, "outputs": outputs}, b"".join(pieces))
