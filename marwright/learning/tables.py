@@ -193,4 +193,6 @@ class Serving(Table):
     top_k: Annotated[int, Field(ge=1, le=10_000)] = 5
     explain: bool = False
     """Pack the eager net beside a compiled artifact, so that a worker can say why it answers so."""
+    capture: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of the requests that workers keep to learn from, where the machine gives them a spool."""
     limits: LimitsChoice = LimitsChoice()

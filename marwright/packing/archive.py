@@ -163,7 +163,7 @@ def model_config(serving: Serving) -> bytes:
         "maxBatchDelay": serving.max_batch_delay,
         "responseTimeout": serving.response_timeout,
         "startupTimeout": serving.startup_timeout,
-        "handler": {"threads": serving.threads},
+        "handler": {"threads": serving.threads, **({"capture": serving.capture} if serving.capture else {})},
     }
     return yaml.safe_dump(document, sort_keys=False).encode()
 

@@ -42,21 +42,29 @@ CONTROLS = {
 
 
 class Rest(TypedDict, total=False):
-    """What may go with a body over REST; with `fields` it is sent as multipart, and the body stays away."""
+    """What may go with a body over REST; with `fields` it is sent as multipart, and the body stays away.
+
+    A request of the tool's own says `capture=False`, so that nobody learns from it.
+    """
 
     fields: Fields | None
     version: str | None
     headers: Mapping[str, str] | None
     content_type: str | None
     timeout: float | None
+    capture: bool
 
 
 class Grpc(TypedDict, total=False):
-    """What may go with fields over gRPC; without `meta` the handler's bare answer comes back."""
+    """What may go with fields over gRPC; without `meta` the handler's bare answer comes back.
+
+    `capture=False` is a field here: a version that does not know it (its description has no "capture") refuses it.
+    """
 
     version: str | None
     meta: bool
     timeout: float | None
+    capture: bool
 
 
 class Client:
@@ -372,6 +380,8 @@ class Client:
 
     def _infer(self, path: str, body: Body, how: Rest) -> Answer:
         sent = dict(how.get("headers") or {})
+        if not how.get("capture", True):
+            sent["X-Capture"] = "off"
         files = None
         data: bytes | None = None
         if (fields := how.get("fields")) is not None:
@@ -425,4 +435,6 @@ def _prediction(model: str, fields: Fields, how: Grpc) -> inference_pb2.Predicti
     given = {name: value.encode() if isinstance(value, str) else value for name, value in fields.items()}
     if how.get("meta", True):
         given["meta"] = b"1"
+    if not how.get("capture", True):
+        given["capture"] = b"off"
     return inference_pb2.PredictionsRequest(model_name=model, model_version=how.get("version") or "", input=given)

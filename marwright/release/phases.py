@@ -258,9 +258,10 @@ def _watched(state: State, rig: Rig) -> dict[str, Any]:
     turn = 0
     while True:
         example, request = examples[turn % len(examples)], requests[turn % len(requests)]
+        labels = {"X-Top-K": str(len(example.answer))}
         asked = time.perf_counter()
         answer = rig.client.predict(
-            state.model, request.body, headers={"X-Top-K": str(len(example.answer))}, content_type=request.content_type
+            state.model, request.body, headers=labels, content_type=request.content_type, capture=False
         )
         seconds.append(time.perf_counter() - asked)
         if (answer.version, answer.bundle) != (state.version, rig.challenger.bundle):

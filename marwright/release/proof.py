@@ -47,18 +47,24 @@ def prove(client: Client, record: ArchiveRecord, examples: Sequence[Golden], *, 
             hint="logs/model_log.log has the workers' own words",
         )
     _same(record, str((status.customized or {}).get("bundle")), status.version)
+    captures = "capture" in (status.customized or {})  # a version from before that takes the field for a second input
     seconds, rest, grpc = [], [], []
     labels = str(max(len(example.answer) for example in examples))
     for example in examples:
         kind = "application/json" if example.kind == "json" else "application/octet-stream"
         began = time.perf_counter()
         answer = client.predict(
-            record.model, example.body, version=version, headers={"X-Top-K": labels}, content_type=kind
+            record.model,
+            example.body,
+            version=version,
+            headers={"X-Top-K": labels},
+            content_type=kind,
+            capture=False,
         )
         seconds.append(time.perf_counter() - began)
         rest.append(_checked(record, answer))
         fields: dict[str, bytes | str] = {"data": example.body, "top_k": labels}
-        grpc.append(_checked(record, client.predict_grpc(record.model, fields, version=version)))
+        grpc.append(_checked(record, client.predict_grpc(record.model, fields, version=version, capture=not captures)))
     for way, answers in (("REST", rest), ("gRPC", grpc)):
         wrong = golden.differences(examples, answers)
         if wrong:

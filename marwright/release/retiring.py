@@ -102,7 +102,7 @@ def _each_worker_answers(client: Client, status: ModelStatus, sample: Sample) ->
     def probe(_: int) -> int:
         body, kind = sample.body, sample.content_type
         try:
-            return client.predict(status.name, body, version=status.version, content_type=kind).worker
+            return client.predict(status.name, body, version=status.version, content_type=kind, capture=False).worker
         except ServerRefused:
             return 0
 

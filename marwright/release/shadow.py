@@ -157,6 +157,7 @@ def _ask(client: Client, model: str, side: Side, sample: Sample) -> None:
             version=side.version,
             headers={"X-Top-K": "1000000"},
             content_type=sample.content_type,
+            capture=False,
         )
         value = json.loads(answer.body)
         if not isinstance(value, dict) or not value:
