@@ -1,10 +1,11 @@
 """Every trace of a request, removed: rows, labels, example files, frames of the spool, what training kept of it.
 
-    forgotten = forgetting.forget(place, Path("feedback/spool"), "0d6c…")
-    forgetting.untrained(Path("runs"), forgotten.digests)       # the runs that have learned from it
+    forgotten = forgetting.forget(place, "0d6c…", spool=Path("feedback/spool"), runs=Path("runs"))
+    forgotten.runs                          # those that have learned from it
 
-First its id's hash becomes a tombstone, so that whatever is still on its way is refused. Example files and entries of
-training's caches that another request shares stay. Weights cannot be unlearned: a training from scratch makes others.
+First its id's hash becomes a tombstone, so that whatever is still on its way is refused; the rows, which say what there
+is to remove, go last: whoever is killed in between begins again. What another request shares stays. Weights cannot be
+unlearned: a training from scratch makes others.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ import contextlib
 import json
 import shutil
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
 
-from handlers import spool
+from handlers import spool as segments
 from handlers.spool import Frame
 from marwright import files
 from marwright.errors import DataError
@@ -27,18 +28,17 @@ from marwright.feedback import ingesting, tables, tombs
 from marwright.feedback.database import found
 from marwright.feedback.ingesting import DAMAGED, Place
 from marwright.feedback.values import Forgotten
-from marwright.runs import Run
 
 GROWING_SECONDS = 20.0
 """How long a segment that is still written to is waited for: its writer finishes it within some five seconds."""
 
 
-def forget(place: Place, folder: Path, request: str, *, patience: float = GROWING_SECONDS) -> Forgotten:
+def forget(place: Place, request: str, *, spool: Path, runs: Path | None, patience: float) -> Forgotten:
     """Call it again to no harm. DataError where a segment that has the request is still written to after `patience`."""
     with place.database.writing() as connection:
         before = tombs.forgotten(connection, request)
         tombs.bury(connection, request, known=False)
-    frames = _from_spool(place, folder, request, patience)
+    frames = _from_spool(place, spool, request, patience)
     with place.lock, place.database.writing() as connection:
         instance, label = tables.instances, tables.labels
         digests = set(
@@ -53,19 +53,19 @@ def forget(place: Place, folder: Path, request: str, *, patience: float = GROWIN
         alone = digests - found(connection, instance.c.digest, digests)
         known = bool(there or labels or frames)
         tombs.bury(connection, request, known=known)
-        # Before the commit: whoever is killed here begins again, and finds the rows that say which files these are.
+        # Before the commit, after which nobody knows which files these are.
         removed, _ = place.bodies.remove(alone)
+        learned = _untrained(runs, alone) if runs is not None else []
     if known or before:
         place.database.shrink(whole=True)
-    return Forgotten(request, known, before, instances, labels, removed, frames, tuple(sorted(alone)))
+    return Forgotten(request, known, before, instances, labels, removed, frames, tuple(learned))
 
 
-def untrained(runs: Path, digests: Iterable[str], *, remove: bool = True) -> list[Run]:
-    """Remove what training keeps of those examples; the runs that have learned from them.
+def _untrained(runs: Path, gone: set[str]) -> list[str]:
+    """Remove what training keeps of those examples; the ids of the runs that have learned from them.
 
-    Caches of new examples go as a whole: the next turn makes them again. `remove=False` only looks.
+    Caches of new examples go as a whole: the next turn makes them again.
     """
-    gone = set(digests)
     learned = []
     for path in sorted(runs.glob("*/split.json")):
         try:
@@ -74,13 +74,11 @@ def untrained(runs: Path, digests: Iterable[str], *, remove: bool = True) -> lis
             continue
         cleaned = _cleaned(document, gone)
         if cleaned != document:
-            learned.append(Run(path.parent))
-            if remove:
-                files.write_json(path, cleaned)
-    if remove:
-        for folder in (runs / "cache" / "new", runs / "feedback"):
-            with contextlib.suppress(FileNotFoundError):
-                shutil.rmtree(folder)
+            learned.append(path.parent.name)
+            files.write_json(path, cleaned)
+    for folder in (runs / "cache" / "new", runs / "feedback"):
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(folder)
     return learned
 
 
@@ -100,9 +98,9 @@ def _from_spool(place: Place, folder: Path, request: str, patience: float) -> in
     needle = json.dumps(request, ensure_ascii=False)[1:-1].encode("utf-8", "surrogatepass")
     count = 0
     while True:
-        growing = [path for path in folder.glob(f".*{spool.SUFFIX}.open") if _holds(path, needle)]
+        growing = [path for path in folder.glob(f".*{segments.SUFFIX}.open") if _holds(path, needle)]
         with place.lock:
-            for path in spool.finished(folder):
+            for path in segments.finished(folder):
                 if _holds(path, needle):
                     count += _rewritten(path, request)
             for path in (folder / DAMAGED).glob("*"):  # what was whole in it is in the database
@@ -131,12 +129,12 @@ def _holds(path: Path, needle: bytes) -> bool:
 def _rewritten(path: Path, request: str) -> int:
     """The segment without the request, under the same name; how many frames had it."""
     count, kept = 0, list[bytes]()
-    for frame in spool.frames(path):
+    for frame in segments.frames(path):
         cleaned = _without(frame, request)
         count += cleaned is not frame
         if cleaned is not None:
-            kept.append(spool.encode(cleaned.header, cleaned.payload))
-    whole = spool.whole(path)
+            kept.append(segments.encode(cleaned.header, cleaned.payload))
+    whole = segments.whole(path)
     if count or not whole:  # a damaged end may hold it, where nothing can be read
         with files.replacing(path) as temporary:
             temporary.write_bytes(b"".join(kept))

@@ -140,14 +140,17 @@ class Store:
         with self.database.reading() as connection:
             return asking.unknown(connection)
 
-    def forget(self, request: str, spool: Path | None = None, *, patience: float | None = None) -> Forgotten:
-        """Remove every trace of it from here and from the spool, and refuse what still comes of it.
+    def forget(
+        self, request: str, *, spool: Path | None = None, runs: Path | None = None, patience: float | None = None
+    ) -> Forgotten:
+        """Remove every trace of it: here, in the spool, and in what training keeps; refuse what still comes of it.
 
         A segment that has it and is still written to is waited for, `patience` seconds; then DataError.
         """
         wait = forgetting.GROWING_SECONDS if patience is None else patience
+        where = spool or self.folder / "spool"
         with self._told():
-            return forgetting.forget(self._place, spool or self.folder / "spool", request, patience=wait)
+            return forgetting.forget(self._place, request, spool=where, runs=runs, patience=wait)
 
     def prune(
         self, *, days: float, unlabelled_days: float | None = None, spool: Path | None = None, now: float | None = None

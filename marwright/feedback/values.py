@@ -184,8 +184,8 @@ class Forgotten:
     bodies: int = 0
     frames: int = 0
     """Of the spool."""
-    digests: tuple[str, ...] = ()
-    """Of example files that no other request has."""
+    runs: tuple[str, ...] = ()
+    """Ids of those that have learned from it."""
 
 
 @dataclass(frozen=True)
