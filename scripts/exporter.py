@@ -1,4 +1,4 @@
-"""For Prometheus, until Ctrl-C: what the journal says should answer, beside what the server does."""
+"""For Prometheus, until Ctrl-C: what the journal says should answer, what the server does, what feedback says."""
 
 from __future__ import annotations
 
@@ -6,14 +6,30 @@ import contextlib
 import json
 import signal
 import threading
+from collections.abc import Iterator
 from types import FrameType
 
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector as Asked
+
+from marwright.feedback import signals
 from marwright.release import exporter
 from marwright.release.exporter import Collector
 from marwright.release.server import Server
 from marwright.settings import ExporterSettings
 
 SETTINGS = ExporterSettings
+
+
+class All(Asked):
+    """Several collectors as one."""
+
+    def __init__(self, *collectors: Asked) -> None:
+        self._collectors = collectors
+
+    def collect(self) -> Iterator[Metric]:
+        for each in self._collectors:
+            yield from each.collect()
 
 
 def main(settings: ExporterSettings) -> int:
@@ -24,7 +40,11 @@ def main(settings: ExporterSettings) -> int:
     before = signal.signal(signal.SIGTERM, stop)
     try:
         # Ctrl-C and SIGTERM are the ways in which it is meant to end.
-        with contextlib.suppress(KeyboardInterrupt), exporter.running(collector, port=settings.port) as url:
+        with (
+            contextlib.suppress(KeyboardInterrupt),
+            signals.watching(settings.feedback, settings.database) as feedback,
+            exporter.running(All(collector, feedback), port=settings.port) as url,
+        ):
             print(json.dumps({"url": url}) if settings.json else f"{url}   (Ctrl-C ends it)", flush=True)
             threading.Event().wait()
     finally:

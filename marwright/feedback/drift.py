@@ -148,7 +148,7 @@ def columns(
     window: dict[str, Values] = {}
     for name in reference.values:
         window[name] = np.array(
-            [value for each in answered if (value := _value(each, name)) is not None], dtype=np.float64
+            [value for each in answered if (value := value_of(each, name)) is not None], dtype=np.float64
         )
     for name, old in reference.values.items():
         new = window[name]
@@ -259,18 +259,19 @@ def holm(p: Sequence[float]) -> list[float]:
     return adjusted
 
 
+def value_of(each: Answered, name: str) -> float | None:
+    """A row's own value of what a reference calls by that name; None where it has none."""
+    if name == "confidence":
+        return each.confidence
+    return each.value if name == "value" else each.statistics.get(name)
+
+
 # -------------------------------------------------------------------- private
 
 
 def _ks(name: str, old: Values, new: Values, random: np.random.Generator, permutations: int) -> Compared:
     done = ks(old, new, random=random, permutations=permutations)
     return Compared(name, "KS", done.statistic, done.p, 1.0, False, float(old.mean()), float(new.mean()))
-
-
-def _value(each: Answered, name: str) -> float | None:
-    if name == "confidence":
-        return each.confidence
-    return each.value if name == "value" else each.statistics.get(name)
 
 
 def _share(null: Values, observed: float) -> float:

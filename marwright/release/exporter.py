@@ -103,7 +103,7 @@ class Collector(Asked):
 
 
 @contextlib.contextmanager
-def running(collector: Collector, *, port: int) -> Iterator[str]:
+def running(collector: Asked, *, port: int) -> Iterator[str]:
     """Answers scrapes on loopback, in threads of its own, at the URL that this gives; port 0 takes a free one.
 
     ServerError where the port is taken.
