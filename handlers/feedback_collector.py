@@ -6,8 +6,9 @@ that is refused harms none of its neighbours.
 
     {"request": "4f0c…", "label": "cat"}   →   {"accepted": 1, "uids": ["…"]}
 
-A 200 means that the labels are on the disk. Any 503 means: send them again; with the same `uid`s that is harmless, even
-where the first try was kept after all.
+A 200 means that the labels are on the disk. Anything from 500 on means: send them again; with the same `uid`s that is
+harmless, even where the first try was kept after all. TorchServe says 507 "Worker died." (over gRPC RESOURCE_EXHAUSTED)
+where a worker was killed with a request in its hands.
 """
 
 from __future__ import annotations
@@ -102,7 +103,7 @@ class FeedbackCollector:
                 request.meta = not request.headers.http and payloads.flag(fields, "meta")
             if request.headers.explain:
                 raise BadRequest(501, "there is nothing to explain about a label")
-            request.sent = labels.read(fields, now=now)
+            request.sent = labels.read(fields, now=now, form_encoded=request.headers.form_encoded)
         except BadRequest as error:
             request.error = error
         except Exception:

@@ -69,9 +69,12 @@ class Request:
         return "describe" if self.headers.describe else "predict"
 
 
-def read(fields: Any, *, now: float) -> Sent:
-    """The labels in one request's fields; `now` in Unix seconds. `BadRequest` names everything that is wrong."""
-    document = _document(fields)
+def read(fields: Any, *, now: float, form_encoded: bool = False) -> Sent:
+    """The labels in one request's fields; `now` in Unix seconds. `BadRequest` names everything that is wrong.
+
+    `form_encoded`: that is the body's content type. What `curl -d` makes of JSON without another one has no fields.
+    """
+    document = _document(fields, form_encoded)
     check = payloads.flag(document, "check")
     given = {name: value for name, value in document.items() if name != "check"}
     if "labels" not in given:
@@ -84,7 +87,7 @@ def read(fields: Any, *, now: float) -> Sent:
     return Sent(_list(given["labels"], now), check)
 
 
-def _document(fields: Any) -> dict[str, Any]:
+def _document(fields: Any, form_encoded: bool) -> dict[str, Any]:
     """The JSON object that was sent, or the fields that stand for it."""
     if not isinstance(fields, Mapping):
         raise BadRequest(400, "the request holds no label")
@@ -97,7 +100,7 @@ def _document(fields: Any) -> dict[str, Any]:
         if not isinstance(document, dict):
             raise BadRequest(400, 'a label is a JSON object: {"request": "…", "label": "…"}, or {"labels": [ … ]}')
         return document
-    if any(name.lstrip().startswith(("{", "[")) for name in inputs):
+    if (form_encoded and not inputs) or any(name.lstrip().startswith(("{", "[")) for name in inputs):
         raise BadRequest(415, "form encoding damages JSON: add -H 'Content-Type: application/json'")
     document = {name: _text(name, value) for name, value in inputs.items()}
     if "labels" in document:

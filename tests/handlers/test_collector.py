@@ -1,10 +1,11 @@
-"""The model `feedback`, in this process: what counts as a label, what is kept, what is refused and what is not there."""
+"""The model `feedback`, in this process: what counts as a label, what is kept, what is refused."""
 
 from __future__ import annotations
 
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -196,6 +197,12 @@ def test_what_is_no_label_at_all_is_said_in_words(fields: Any, status: int, reas
     assert reason in caught.value.reason
 
 
+def test_json_that_was_sent_as_a_form_is_told_how_to_be_sent() -> None:
+    with pytest.raises(BadRequest, match="Content-Type: application/json") as caught:
+        labels.read({}, now=NOW, form_encoded=True)
+    assert caught.value.status == 415
+
+
 def test_check_is_asked_for_by_json_or_field() -> None:
     assert labels.read({"body": {**GOOD, "check": True}}, now=NOW).check
     assert labels.read({"request": b"a", "label": b"b", "check": b"1"}, now=NOW).check
@@ -262,7 +269,7 @@ def test_what_is_kept_is_on_the_disk_before_the_answer(
     real = os.fsync
 
     def fsync(descriptor: int) -> None:
-        synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        synced.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
         real(descriptor)
 
     monkeypatch.setattr(os, "fsync", fsync)
@@ -511,7 +518,7 @@ def test_a_fault_of_ours_is_a_500_or_503_in_our_words(
     handler, context = started()
     monkeypatch.setattr(handler.inbox, "keep", lambda labels: 1 / 0)
     assert context.ask(handler, [Sent({"body": GOOD}, JSON)])[0].status == 503
-    monkeypatch.setattr(labels, "read", lambda fields, now: 1 / 0)
+    monkeypatch.setattr(labels, "read", lambda fields, now, form_encoded: 1 / 0)
     assert context.ask(handler, [Sent({"body": GOOD}, JSON)])[0].status == 500
 
 
@@ -548,8 +555,6 @@ def _empty(folder: Path) -> Path:
 def test_an_archive_that_was_changed_does_not_start(
     unzipped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    import shutil
-
     copy = Path(shutil.copytree(unzipped, tmp_path / "archive"))
     (copy / "handlers" / "labels.py").write_text("MOST = 1\n")
     monkeypatch.setattr(bundle, "HOME", copy.resolve() / "handlers")
