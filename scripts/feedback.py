@@ -93,7 +93,7 @@ def status(settings: FeedbackStatusSettings) -> int:
 
 
 def forget(settings: FeedbackForgetSettings) -> int:
-    """A request that was never heard of is an error, as its id may be mistyped; it is refused from now on all the same."""
+    """A request that was never heard of is an error, as its id may be mistyped; it is refused from now on, though."""
     with _open(settings) as store:
         gone = store.forget(settings.request, spool=settings.spool, runs=settings.runs)
     if not gone.known and not gone.before:

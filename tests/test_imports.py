@@ -66,11 +66,16 @@ def test_a_room_imports_only_rooms_to_its_left(path: Path) -> None:
         assert all(ROOMS.index(room) <= ROOMS.index(own) for room in rooms)
 
 
-def test_learning_knows_no_archives_packing_no_http_release_no_training() -> None:
-    for path in python_files("marwright/packing"):
+def test_learning_knows_no_archives_packing_and_feedback_no_http_release_no_training() -> None:
+    for path in python_files("marwright/packing", "marwright/feedback"):
         assert not tops(path) & {"requests", "grpc", "http", "socket"}, path
     for path in python_files("marwright/release"):
         assert not any(name.startswith("marwright.learning") for name in imports(path)), path
+
+
+def test_only_the_feedback_room_knows_databases_that_are_shared() -> None:
+    for path in python_files("marwright", "scripts", "handlers"):
+        assert "feedback" in path.parts or not tops(path) & {"sqlalchemy", "pg8000"}, path
 
 
 def test_torchserve_is_imported_by_the_worker_contract_alone() -> None:

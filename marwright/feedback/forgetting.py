@@ -128,17 +128,12 @@ def _holds(path: Path, needle: bytes) -> bool:
 
 def _rewritten(path: Path, request: str) -> int:
     """The segment without the request, under the same name; how many frames had it."""
-    count, kept = 0, list[bytes]()
-    for frame in segments.frames(path):
-        cleaned = _without(frame, request)
-        count += cleaned is not frame
-        if cleaned is not None:
-            kept.append(segments.encode(cleaned.header, cleaned.payload))
-    whole = segments.whole(path)
-    if count or not whole:  # a damaged end may hold it, where nothing can be read
-        with files.replacing(path) as temporary:
-            temporary.write_bytes(b"".join(kept))
-    return count or int(not whole)
+    frames, whole = ingesting.read(path)
+    cleaned = [_without(frame, request) for frame in frames]
+    kept = b"".join(segments.encode(frame.header, frame.payload) for frame in cleaned if frame is not None)
+    with files.replacing(path) as temporary:
+        temporary.write_bytes(kept)  # without a damaged end, which may hold it where nothing can be read
+    return sum(now is not frame for now, frame in zip(cleaned, frames, strict=True)) + (not whole)
 
 
 def _without(frame: Frame, request: str) -> Frame | None:

@@ -6,7 +6,6 @@ request or label that comes in two segments is stored once, by its id. What is d
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
@@ -80,7 +79,7 @@ def ingest(place: Place, folder: Path, *, keep: bool, say: Say) -> Ingested:
             if not path.exists():  # another ingest was here
                 continue
             try:
-                frames, whole = _frames(path), spool.whole(path)
+                frames, whole = read(path)
             except OSError as error:
                 say(f"{path} cannot be read: {error.strerror}")
                 continue
@@ -135,11 +134,17 @@ class _Unusable(Exception):
     """Nothing of a segment can be taken."""
 
 
-def _frames(path: Path) -> list[Frame]:
+def read(path: Path) -> tuple[list[Frame], bool]:
+    """A segment's frames, as far as they can be read, and whether that is all of it."""
     found: list[Frame] = []
-    with contextlib.suppress(ValueError):  # a frame whose header is no JSON: what follows is not looked at
-        found.extend(spool.frames(path))
-    return found
+    try:
+        for frame in spool.frames(path):
+            if not isinstance(frame.header, dict):
+                return found, False
+            found.append(frame)
+        return found, bool(found) and spool.whole(path)
+    except ValueError:  # a header that is no JSON: what follows is not looked at
+        return found, False
 
 
 def _first(connection: sa.Connection, name: str) -> bool:
@@ -152,7 +157,7 @@ def _first(connection: sa.Connection, name: str) -> bool:
 
 
 def _labels(place: Place, connection: sa.Connection, frames: Sequence[Frame], count: Counter[str]) -> bool:
-    whole, now = bool(frames), time.time()
+    whole, now = True, time.time()
     for frame in frames[1:]:
         labels = []
         try:
