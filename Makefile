@@ -20,10 +20,10 @@ version_option = $(if $(VERSION),--version $(VERSION))
 model_option = $(if $(filter command line environment,$(origin MODEL) $(origin RECIPE)),--model '$(MODEL)')
 policy_option = $(if $(POLICY),--policy '$(POLICY)')
 
-.PHONY: help setup serve stop status watch predict explain exporter token train export archive rollout rollback releases reconcile release retrain loadtest test sweep lint bench clean
+.PHONY: help setup serve stop status watch predict explain exporter token train export archive rollout rollback releases reconcile release retrain collector ingest labels feedback forget drift prune demo-loop soak loadtest test sweep lint bench clean
 
 help: ## print this
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo
 	@echo "  variables: RECIPE=digits DATA=folder-or-zip EPOCHS= SEED= FORMAT=onnx|eager VERSION= MODEL= IMAGE= GRPC=1"
 	@echo "             POLICY=file.toml DRY_RUN=1 RESUME=1 WAIT=1 NEW=folder-or-zip EVERY=1h RATE= SECONDS= GRPC_SHARE="
@@ -89,7 +89,34 @@ release: $(STAMP) ## make a version answer, without proof: make release VERSION=
 	@$(if $(VERSION),,echo "error: which version? make release VERSION=1.1"; exit 2;) $(BIN)/marwright release '$(VERSION)' --model '$(MODEL)'
 
 retrain: $(STAMP) ## learn from newly labelled examples and roll out: make retrain NEW=folder-or-zip [EVERY=1h]
-	@$(BIN)/marwright retrain $(recipe_options) $(if $(NEW),--new '$(NEW)') $(if $(EVERY),--every $(EVERY)) $(policy_option)
+	@$(BIN)/marwright retrain $(recipe_options) $(if $(NEW),--new '$(NEW)') $(if $(EVERY),--every $(EVERY)) $(if $(METHOD),--method $(METHOD)) $(if $(DRY_RUN),--dry-run) $(policy_option)
+
+collector: $(STAMP) ## take labels at POST /predictions/feedback (a model of its own, loaded where a server runs)
+	@$(BIN)/marwright feedback collector
+
+ingest: $(STAMP) ## take what the workers captured, and the labels they were sent, into the database
+	@$(BIN)/marwright feedback ingest
+
+labels: $(STAMP) ## take labels from a file or a folder: make labels FROM=labels.csv
+	@$(if $(FROM),,echo "error: from where? make labels FROM=labels.csv"; exit 2;) $(BIN)/marwright feedback import '$(FROM)' $(model_option)
+
+feedback: $(STAMP) ## requests, labels, label lag, class balance, live accuracy of each version
+	@$(BIN)/marwright feedback status $(model_option)
+
+forget: $(STAMP) ## remove every trace of a request: make forget REQUEST=id
+	@$(if $(REQUEST),,echo "error: which request? make forget REQUEST=id"; exit 2;) $(BIN)/marwright feedback forget --request '$(REQUEST)'
+
+drift: $(STAMP) ## whether requests are still what the model has learned from, as drift.html too
+	@$(BIN)/marwright drift $(model_option) $(policy_option) --html drift.html
+
+prune: $(STAMP) ## remove archives, runs and requests that nobody needs any more
+	@$(BIN)/marwright prune $(policy_option)
+
+demo-loop: $(STAMP) ## the whole loop on a live server of its own, in a few minutes: demo-loop.html
+	@$(BIN)/marwright demo
+
+soak: $(STAMP) ## half an hour of the loop with random kills, and a ledger of every label: make soak [MINUTES=30]
+	@$(BIN)/python benchmarks/soak.py run $(if $(MINUTES),--minutes $(MINUTES))
 
 loadtest: $(STAMP) ## open-loop load, every answer checked: make loadtest RATE=200 SECONDS=30 GRPC_SHARE=0.5
 	@rm -f loadtest.csv; $(BIN)/marwright loadtest $(model_option) $(if $(RATE),--rate $(RATE)) $(if $(SECONDS),--seconds $(SECONDS)) $(if $(GRPC_SHARE),--grpc-share $(GRPC_SHARE)) --out loadtest.csv; \

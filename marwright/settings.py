@@ -261,6 +261,28 @@ class RetrainSettings(RecipeChoice):
     """End after so many turns of --every; never when not given."""
     policy: Path | None = None
     """TOML file with the limits; policies/<model>.toml or policies/default.toml when not given."""
+    method: Literal["scratch", "warm", "finetune", "replay", "derpp", "head"] | None = None
+    """How to learn, instead of the policy's."""
+    dry_run: bool = False
+    """Take in what the workers left, say whether a turn would learn and why, and learn nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneSettings(Places):
+    """Remove what nobody needs any more: archives, runs of retraining, old requests."""
+
+    policy: Path | None = None
+    """TOML file with the limits; policies/<model>.toml or policies/default.toml when not given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoSettings(Places):
+    """The whole loop on a live server, in a few minutes: answers, drift, alarm, labels, retraining, rollout."""
+
+    folder: Path = Path("runs/demo")
+    """Emptied, and used for everything that it makes; --store, --runs and --feedback are not touched."""
+    out: Path = Path("demo-loop.html")
+    """The page that tells the story."""
 
 
 @dataclass(frozen=True, kw_only=True)

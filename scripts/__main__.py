@@ -35,6 +35,8 @@ VERBS = {
     "release": "make a version the released one, without proof",
     "retrain": "learn from newly labelled examples, and roll the result out behind the gate",
     "feedback": "labels and captured requests: collector, import, ingest, status, forget, prune",
+    "prune": "remove archives, runs and requests that nobody needs any more",
+    "demo": "the whole loop on a live server, in a few minutes",
     "drift": "whether requests are still what the model has learned from",
     "loadtest": "send requests at their due times and check every answer",
     "loadreport": "what a load test found",

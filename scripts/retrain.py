@@ -1,60 +1,56 @@
-"""Learn from newly labelled examples, and roll the result out behind the gate: the loop, once around.
+"""Learn from what production has taught, and roll the result out behind the gate: the loop, once around.
 
-    examples ──▶ train ──▶ export ──▶ archive ──▶ rollout ──▶ answers
+    spool ─▶ ingest ─▶ decide ─▶ train ─▶ judge ─▶ archive ─▶ rollout ─▶ answers
 
 A turn can be killed anywhere: the next one finishes an interrupted rollout, goes on with an interrupted training, finds
-what was built. A turn with nothing new does nothing, and a second one at a time says so and ends well: both are what a
-timer makes. The champion's weights are the initial ones.
+what was built. A turn with no reason to learn does nothing, and a second one at a time says so and ends well: both are
+what a timer makes. The champion's weights are the initial ones, unless the method is scratch.
+
+Newly labelled examples come from the feedback store, by time: the latest are the judge's alone. And from a folder
+(`--new`), where somebody put them: those are reason enough, have no times, and the rollout's own gate judges them.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import re
-import signal
 import sys
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
-from types import FrameType
 
 import filelock
-from apscheduler.events import EVENT_JOB_SUBMITTED
-from apscheduler.executors.debug import DebugExecutor
-from apscheduler.schedulers.blocking import BlockingScheduler
-from apscheduler.triggers.interval import IntervalTrigger
 
-from marwright import cli
-from marwright.errors import MarwrightError, RolledBack, SettingsError
-from marwright.learning import additions, data, graphs, provenance, recipe, training
+from marwright.errors import DataError, MarwrightError, RolledBack
+from marwright.feedback import trigger
+from marwright.feedback.trigger import Decision
+from marwright.learning import additions, data, graphs, methods, provenance, recipe, training
 from marwright.learning.additions import Difference
 from marwright.learning.dataset import Dataset
+from marwright.learning.methods import Method
 from marwright.learning.recipe import Recipe
 from marwright.packing import exporting, golden, records
 from marwright.packing.records import ArchiveRecord
-from marwright.release import journal
+from marwright.release import journal, policy
+from marwright.release.policy import Policy
 from marwright.release.server import Server
 from marwright.runs import Run
 from marwright.settings import Places, ReconcileSettings, RetrainSettings, RolloutSettings
-from scripts import archive, reconcile, rollout
+from scripts import archive, prune, reconcile, rollout, schedule, taught
+from scripts.taught import Champion, Fed, Say
 
 SETTINGS = RetrainSettings
 NEW = Path("new")
-UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
-LONGEST = timedelta(days=366)
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Outcome:
     """What became of a turn.
 
-    `phase`: busy (another turn of this model is under way), nothing new, refused before, released (the first version of
-    all), waiting (for a running server), or how its rollout ended.
+    `phase`: busy (another turn of this model is under way), nothing new, not yet (labels, but no reason to learn),
+    no better (than the champion, says the judge), refused before, released (the first version of all), waiting (for a
+    running server), or how its rollout ended.
     """
 
     model: str
@@ -65,105 +61,78 @@ class Outcome:
     """Newly labelled examples that the champion has not learned from."""
 
 
-@dataclass(frozen=True)
-class Champion:
-    """The version that should be answering, and the run that it came from where that is still there."""
-
-    record: ArchiveRecord
-    run: Run | None
-
-
 def main(settings: RetrainSettings) -> int:
-    every = _schedule(settings)
+    if settings.dry_run:
+        decision = considered(settings)
+        if settings.json:
+            document = {"retrain": decision.retrain, "reasons": decision.reasons, "waiting": decision.waiting}
+            print(json.dumps({**document, "signals": decision.signals.to_dict()}))
+        else:
+            print("a turn would learn" if decision.retrain else "a turn would not learn")
+            print("\n".join(f"  {sentence}" for sentence in (*decision.reasons, *decision.waiting)))
+        return 0
+    every = schedule.given(settings.every, once=settings.once, turns=settings.turns)
     if every is None:
         _turn(settings)
         return 0
-    return repeat(lambda: _turn(settings), every, turns=settings.turns, as_json=settings.json)
+    return schedule.repeat(lambda: _turn(settings), every, turns=settings.turns, as_json=settings.json)
+
+
+def considered(settings: RetrainSettings) -> Decision:
+    """What the feedback store says to the policy now, without learning; DataError where there is no store."""
+    chosen = recipe.load(settings.recipe, recipes_dir=settings.recipes, overrides=settings.overrides())
+    limits = policy.load(settings.policy, chosen.name)
+    with taught.opened(settings) as store:
+        champion = _champion(settings, chosen.name, _quiet)
+        if store is None or champion is None:
+            raise DataError(
+                f"there is nothing to decide by: no {'feedback store' if store is None else 'released version'}",
+                hint="make serve; docs/feedback.md says how requests and labels are collected",
+            )
+        fed = taught.ingested(settings, chosen, limits, store, champion, _quiet)
+        return trigger.should_retrain(
+            taught.facts(champion, Difference(own=False, added=0, gone=0), fed), limits.trigger
+        )
 
 
 def retrained(settings: RetrainSettings, *, say: Say = lambda step: None) -> Outcome:
-    """One turn. RolledBack where the gate refused what came out; `say` hears of each step as it is done."""
+    """One turn. RolledBack where the judge or the gate refused what came out; `say` hears of each step as it is
+    done."""
     chosen = recipe.load(settings.recipe, recipes_dir=settings.recipes, overrides=settings.overrides())
-    with _alone(settings, chosen.name) as alone:
+    limits = policy.load(settings.policy, chosen.name)
+    with _alone(settings, chosen.name) as alone, taught.opened(settings) as store:
         if not alone:
             say("another retraining of it is under way")
             return Outcome(chosen.name, "busy")
         _finish_what_was_interrupted(settings, chosen.name, say)
+        for line in prune.pruned(settings, chosen.name, limits.keep):
+            say(line)
         champion = _champion(settings, chosen.name, say)
-        examples = _examples(settings, chosen, say)
+        fed = None
+        if store is not None and champion is not None:
+            fed = taught.ingested(settings, chosen, limits, store, champion, say)
+        examples = _examples(settings, chosen, fed, say)
+        fed = taught.apart(fed, chosen, examples)
         news = _news(settings, examples, champion, say)
-        if news.nothing:
-            return Outcome(chosen.name, "nothing new", champion.record.version if champion else None)
-        start = _start(chosen, examples, champion, say)
-        run = _trained(settings, chosen, examples, start, say)
+        if phase := _decided(limits, champion, news, fed, say):
+            return Outcome(chosen.name, phase, champion.record.version if champion else None)
+        method, start = _method(settings, limits, chosen, examples, champion, say)
+        run = _trained(settings, chosen, examples, start, method, say)
+        judged = taught.judged(limits, champion, run, fed, say)
+        outcome = Outcome(chosen.name, "", champion.record.version if champion else None, run.id, news.added)
+        if judged is not None and judged.outcome != "pass":
+            return replace(outcome, phase=taught.stopped(settings, chosen.name, run, judged, fed))
         artifact = exporting.export(run, chosen.serving.format)
         record, built, _ = archive.stored(settings, chosen, run, artifact, behind_gate=True)
         say(f"built {record.file}" if built else f"{record.file} was built before")
-        outcome = Outcome(chosen.name, "", record.version, run.id, news.added)
-        return replace(outcome, phase=_released(settings, record, champion, say))
-
-
-def repeat(turn: Callable[[], object], every: timedelta, *, turns: int | None = None, as_json: bool = False) -> int:
-    """A turn at once, then one each `every`, until SIGTERM (0) or Ctrl-C; or so many `turns`.
-
-    A turn that fails is told, and the schedule goes on. Turns that fall due while one is under way become one.
-    """
-    done, ending = 0, ""
-
-    def one() -> None:
-        nonlocal done, ending
-        try:
-            turn()
-        except MarwrightError as error:
-            cli.tell(error, as_json=as_json)
-        except KeyboardInterrupt:  # the scheduler would take it for a failed job
-            ending = ending or "Ctrl-C"
-        except Exception:  # a fault of ours, or a full disk: the next turn may well go
-            traceback.print_exc()
-        done += 1
-
-    def end(event: object) -> None:
-        if ending or done == turns:
-            scheduler.shutdown(wait=False)
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        nonlocal ending
-        ending = "SIGTERM"
-        raise KeyboardInterrupt
-
-    # In this thread, not in one of a pool: Ctrl-C and SIGTERM then reach the training itself, which leaves its last
-    # whole epoch behind, instead of waiting hours for its end.
-    scheduler = BlockingScheduler(timezone=UTC, executors={"default": DebugExecutor()})
-    scheduler.add_job(
-        one,
-        IntervalTrigger(seconds=every.total_seconds(), timezone=UTC),
-        next_run_time=datetime.now(UTC),
-        coalesce=True,
-        max_instances=1,
-        misfire_grace_time=None,
-    )
-    scheduler.add_listener(end, EVENT_JOB_SUBMITTED)  # after the scheduler has noted when the next turn is due
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        scheduler.start()
-    except KeyboardInterrupt:
-        ending = ending or "Ctrl-C"
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    if ending == "Ctrl-C":
-        raise KeyboardInterrupt
-    return 0
-
-
-def period(text: str) -> timedelta:
-    """`30s`, `15m`, `1h`, `1d`."""
-    found = re.fullmatch(r"(\d{1,9})([smhd])", text)
-    every = timedelta(**{UNITS[found[2]]: int(found[1])}) if found else timedelta()
-    if not timedelta() < every <= LONGEST:
-        raise SettingsError(
-            f"--every is {text!r}", hint="a whole number and s, m, h or d, at most 366d: 30s, 15m, 1h, 1d"
-        )
-    return every
+        with taught.holdout(settings, chosen, run, fed) as holdout:
+            try:
+                phase = _released(settings, record, champion, holdout, say)
+            except RolledBack:
+                if fed is not None and _tried(settings, record):
+                    fed.store.note("refused", chosen.name, {"run": run.id, "by": "gate"})
+                raise
+        return replace(outcome, version=record.version, phase=phase)
 
 
 def _turn(settings: RetrainSettings) -> Outcome:
@@ -184,6 +153,7 @@ def _turn(settings: RetrainSettings) -> Outcome:
         now = datetime.now(UTC).isoformat(timespec="seconds")
         line = f"{now} {model}: {phase}: {'; '.join(steps)}"
         print(line, file=sys.stderr if settings.json else sys.stdout, flush=True)
+        _noted(settings, model, phase, steps)
     if settings.json:
         print(json.dumps(asdict(outcome) | {"steps": steps}, ensure_ascii=False), flush=True)
     return outcome
@@ -213,6 +183,7 @@ def _finish_what_was_interrupted(settings: RetrainSettings, model: str, say: Say
     if not _running(settings):
         return
     outcome = rollout.resumed(_rollout_settings(settings, model=model, resume=True))
+    taught.holdout_path(settings, model).unlink(missing_ok=True)
     if outcome is not None:
         say(f"the interrupted rollout of {outcome.version} is {outcome.phase}")
     places = {field.name: getattr(settings, field.name) for field in fields(Places)}
@@ -229,16 +200,18 @@ def _champion(settings: RetrainSettings, model: str, say: Say) -> Champion | Non
     run = Run(settings.runs / record.run)
     if not run.finished:
         say(f"{run.path}, of which {record.version} was made, is gone")
-    return Champion(record, run if run.finished else None)
+    return Champion(record, run if run.finished else None, datetime.fromisoformat(released.at).timestamp())
 
 
-def _examples(settings: RetrainSettings, chosen: Recipe, say: Say) -> Dataset:
+def _examples(settings: RetrainSettings, chosen: Recipe, fed: Fed | None, say: Say) -> Dataset:
     """The recipe's data and the newly labelled examples. A default folder that is not there holds none."""
     new = settings.new
     if new is None and (NEW / chosen.name).exists():
         new = NEW / chosen.name
+    feedback = taught.examples(fed, chosen)
     bars = not settings.json and sys.stdout.isatty()  # in a log each would be an empty line
-    examples = data.load(chosen, path=settings.data, new=new, cache=settings.runs / "cache", progress=bars)
+    cache = settings.runs / "cache"
+    examples = data.load(chosen, path=settings.data, new=new, feedback=feedback, cache=cache, progress=bars)
     for note in examples.notes:
         say(note)
     return examples
@@ -262,28 +235,62 @@ def _news(settings: RetrainSettings, examples: Dataset, champion: Champion | Non
     return found
 
 
-def _start(chosen: Recipe, examples: Dataset, champion: Champion | None, say: Say) -> Run | None:
-    """The champion's run, unless its weights do not fit what is trained now."""
-    if champion is None or champion.run is None:
+def _decided(limits: Policy, champion: Champion | None, news: Difference, fed: Fed | None, say: Say) -> str:
+    """Whether to learn now: empty, or the phase that the turn ends with."""
+    if champion is None:
+        return ""
+    if news.nothing and not (fed and fed.selection.fresh):
+        return "nothing new"
+    decision = trigger.should_retrain(taught.facts(champion, news, fed), limits.trigger)
+    for sentence in (*decision.reasons, *decision.waiting) if fed else ():
+        say(sentence)
+    if decision.retrain:
+        return ""
+    say(f"{decision.signals.labels} new labelled examples of {limits.trigger.min_labels}")
+    return "not yet"
+
+
+def _method(
+    settings: RetrainSettings,
+    limits: Policy,
+    chosen: Recipe,
+    examples: Dataset,
+    champion: Champion | None,
+    say: Say,
+) -> tuple[Method | None, Run | None]:
+    """How to learn, and the champion's run to start from, unless its weights do not fit what is trained now."""
+    name = settings.method or limits.learn.method
+    if champion is None or champion.run is None or name == "scratch":
         say("from scratch")
-        return None
+        return None, None
     if reason := graphs.misfit(chosen, examples, champion.run):
         say(f"from scratch, as {champion.run.id} cannot be the start: {reason}")
-        return None
-    say(f"from the weights of {champion.run.id}")
-    return champion.run
+        return None, None
+    say(f"from the weights of {champion.run.id}" + ("" if name == "warm" else f" by {name}"))
+    return (None if name == "warm" else methods.named(name)), champion.run
 
 
-def _trained(settings: RetrainSettings, chosen: Recipe, examples: Dataset, start: Run | None, say: Say) -> Run:
+def _trained(
+    settings: RetrainSettings,
+    chosen: Recipe,
+    examples: Dataset,
+    start: Run | None,
+    method: Method | None,
+    say: Say,
+) -> Run:
     """The finished run: new, gone on with, or there from an earlier turn."""
-    there = Run(settings.runs / provenance.run_id(chosen, examples, start)).finished
-    run = training.train(chosen, examples, settings.runs, start=start, resume=True, progress=not settings.json)
+    there = Run(settings.runs / provenance.run_id(chosen, examples, start, method)).finished
+    run = training.train(
+        chosen, examples, settings.runs, start=start, method=method, resume=True, progress=not settings.json
+    )
     scores = ", ".join(f"{name} {value:.4g}" for name, value in run.spec.metrics.items())
     say(f"{'there was' if there else 'trained'} {run.id} ({scores})")
     return run
 
 
-def _released(settings: RetrainSettings, record: ArchiveRecord, champion: Champion | None, say: Say) -> str:
+def _released(
+    settings: RetrainSettings, record: ArchiveRecord, champion: Champion | None, holdout: Path | None, say: Say
+) -> str:
     """Bring the version to answer, unless that was tried before or cannot be now: the turn's phase."""
     if champion is None:
         say(f"{record.version} is the first and will answer at the next start")
@@ -296,7 +303,8 @@ def _released(settings: RetrainSettings, record: ArchiveRecord, champion: Champi
     if not _running(settings):
         say(f"{record.version} waits: TorchServe is not running, the next turn that finds it running rolls it out")
         return "waiting"
-    outcome = rollout.rolled_out(_rollout_settings(settings, model=record.model, version=record.version))
+    wanted = _rollout_settings(settings, model=record.model, version=record.version)
+    outcome = rollout.rolled_out(replace(wanted, holdout=holdout))
     say(f"{outcome.version} answers")
     return outcome.phase
 
@@ -334,14 +342,12 @@ def _rollout_settings(
     )
 
 
-def _schedule(settings: RetrainSettings) -> timedelta | None:
-    """How often; None for one turn. SettingsError where the options contradict each other."""
-    if settings.every is None:
-        if settings.turns is not None:
-            raise SettingsError("--turns counts the turns of --every, and there is none", hint="--every 1h --turns 3")
-        return None
-    if settings.once:
-        raise SettingsError("--once and --every contradict each other", hint="leave one out")
-    if settings.turns is not None and settings.turns < 1:
-        raise SettingsError(f"--turns is {settings.turns}", hint="1 or more, or leave it out")
-    return period(settings.every)
+def _noted(settings: RetrainSettings, model: str, phase: str, steps: list[str]) -> None:
+    """For the metrics: when the last turn was, and what became of it. The turn itself is over."""
+    with contextlib.suppress(MarwrightError), taught.opened(settings) as store:
+        if store is not None:
+            store.note("turn", model, {"phase": phase, "steps": steps})
+
+
+def _quiet(step: str) -> None:
+    """Nobody wants to hear it."""

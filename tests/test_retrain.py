@@ -28,7 +28,7 @@ from marwright.release import journal
 from marwright.runs import Run
 from marwright.settings import RetrainSettings, RolloutSettings
 from scripts import __main__ as marwright
-from scripts import reconcile, retrain, rollout
+from scripts import reconcile, retrain, rollout, schedule
 from tests import torchserve
 from tests.learning.conftest import fill, picture
 
@@ -67,6 +67,7 @@ class House:
             config=self.root / "config.properties",
             runs=self.root / "runs",
             recipes=self.root / "recipes",
+            feedback=self.root / "feedback",
             recipe="tiny",
             new=self.root / "new",
         )
@@ -76,6 +77,7 @@ class House:
         """The same, as a command line."""
         at = self.settings
         places = {"store": at.store, "config": at.config, "runs": at.runs, "recipes": at.recipes, "new": at.new}
+        places |= {"feedback": at.feedback}
         return [
             "retrain",
             "--recipe",
@@ -339,13 +341,13 @@ def test_what_is_wrong_with_the_folder_is_said(served: House, capsys: pytest.Cap
     ("text", "seconds"), [("1s", 1), ("30s", 30), ("15m", 900), ("1h", 3600), ("1d", 86400), ("366d", 31622400)]
 )
 def test_a_period_is_a_number_and_its_unit(text: str, seconds: int) -> None:
-    assert retrain.period(text) == timedelta(seconds=seconds)
+    assert schedule.period(text) == timedelta(seconds=seconds)
 
 
 @pytest.mark.parametrize("text", ["", "1", "h", "1 h", "1.5h", "-1h", "0s", "1w", "367d", "999999999d", "1h30m", "1H"])
 def test_other_periods_are_refused(text: str) -> None:
     with pytest.raises(SettingsError, match=re.escape(repr(text))) as caught:
-        retrain.period(text)
+        schedule.period(text)
     assert "30s, 15m, 1h, 1d" in caught.value.hint
 
 
@@ -376,7 +378,7 @@ def test_a_schedule_outlives_failing_turns(capsys: pytest.CaptureFixture[str]) -
         if (fate := next(fates)) is not None:
             raise fate
 
-    assert retrain.repeat(turn, timedelta(milliseconds=20), turns=4) == 0
+    assert schedule.repeat(turn, timedelta(milliseconds=20), turns=4) == 0
     assert seen == [threading.main_thread()] * 4
     told = capsys.readouterr().err
     assert all(words in told for words in ("1.1 was rolled back: worse", "TorchServe is not running", "no space left"))
@@ -391,7 +393,7 @@ def test_turns_that_fell_due_while_one_was_under_way_become_one() -> None:
         if count == 1:
             time.sleep(0.5)  # ten periods: uncoalesced they would all run before the schedule could end
 
-    assert retrain.repeat(turn, timedelta(milliseconds=50), turns=3) == 0
+    assert schedule.repeat(turn, timedelta(milliseconds=50), turns=3) == 0
     assert count == 3
 
 
@@ -408,9 +410,9 @@ def test_sigterm_ends_a_schedule_well_and_ctrl_c_is_ctrl_c(number: signal.Signal
 
     if ends is None:
         with pytest.raises(KeyboardInterrupt):
-            retrain.repeat(turn, timedelta(hours=1))
+            schedule.repeat(turn, timedelta(hours=1))
     else:
-        assert retrain.repeat(turn, timedelta(hours=1)) == ends
+        assert schedule.repeat(turn, timedelta(hours=1)) == ends
     assert count == 1
     assert signal.getsignal(signal.SIGTERM) is before
 

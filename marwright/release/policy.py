@@ -169,6 +169,17 @@ class JudgePolicy(_Table):
     """Estimated share of wrong labels, in any class of the new examples."""
 
 
+class KeepPolicy(_Table):
+    """What is kept for how long; `marwright retrain` removes the rest in each turn, `marwright prune` at any time."""
+
+    versions: Annotated[int, Field(ge=1, le=10**6)] = 10
+    """Archives that answered last, whatever else may answer or was built last."""
+    days: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 365.0
+    """Labelled requests, since their answer."""
+    unlabelled_days: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 30.0
+    """Requests without a label."""
+
+
 class Policy(_Table):
     """All limits of a rollout, and of the loop that leads to one. `Policy()` is the default."""
 
@@ -181,6 +192,7 @@ class Policy(_Table):
     trigger: TriggerPolicy = TriggerPolicy()
     learn: LearnPolicy = LearnPolicy()
     judge: JudgePolicy = JudgePolicy()
+    keep: KeepPolicy = KeepPolicy()
 
     def to_dict(self) -> dict[str, Any]:
         """Every key, defaults filled in; what the journal holds. `from_dict` gives it back."""

@@ -1,0 +1,46 @@
+"""Remove what nobody needs any more, so that a loop can run for months: archives, runs, old requests."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+from marwright.packing import records
+from marwright.release import journal, policy, retention
+from marwright.settings import Places, PruneSettings
+from scripts import taught
+
+SETTINGS = PruneSettings
+
+
+def main(settings: PruneSettings) -> int:
+    with journal.open(settings.store) as book:
+        models = sorted({entry.model for entry in book.entries()})
+    lines = [line for model in models for line in pruned(settings, model, policy.load(settings.policy, model).keep)]
+    with taught.opened(settings) as store:
+        if store is not None:
+            limits = policy.load(settings.policy, "").keep
+            store.prune(days=limits.days, unlabelled_days=limits.unlabelled_days)
+    print(json.dumps(lines) if settings.json else "\n".join(lines) or "nothing to remove")
+    return 0
+
+
+def pruned(places: Places, model: str, keep: policy.KeepPolicy) -> list[str]:
+    """What was removed, in words: archives with their records, and runs that no archive came from."""
+    built = records.records(places.store, model)
+    with journal.open(places.store) as book:
+        gone = retention.stale(built, book, model, keep=keep.versions)
+    for record in gone:
+        # The record first: a file without one is only a name that is taken.
+        for path in (
+            places.store / records.record_name(record.file),
+            places.store / record.file,
+            places.store / "verdicts" / f"{model}-{record.version}.html",
+        ):
+            path.unlink(missing_ok=True)
+    left = [record for record in built if record not in gone]
+    runs = retention.unneeded(places.runs, model, left)
+    for run in runs:
+        shutil.rmtree(run.path, ignore_errors=True)
+    lines = [f"removed {record.file}" for record in gone]
+    return lines + ([f"removed {len(runs)} runs of {model}"] if runs else [])

@@ -1,0 +1,181 @@
+"""What the feedback store says to a turn of `retrain`: what is new, whether to learn, and who judges.
+
+with taught.opened(places) as store:
+    fed = taught.ingested(places, chosen, limits, store, champion, say)
+    decision = trigger.should_retrain(taught.facts(champion, news, fed), limits.trigger)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from marwright import cli, files
+from marwright.errors import RolledBack
+from marwright.feedback import judge, selection, trigger
+from marwright.feedback.drift import Look
+from marwright.feedback.judge import Judgement
+from marwright.feedback.selection import Selection
+from marwright.feedback.store import Labelled, Store
+from marwright.feedback.trigger import Facts
+from marwright.learning.additions import Difference
+from marwright.learning.dataset import Dataset
+from marwright.learning.examples import Examples
+from marwright.learning.recipe import Recipe
+from marwright.packing import golden
+from marwright.packing.records import ArchiveRecord
+from marwright.release.policy import Policy
+from marwright.runs import Run
+from marwright.settings import Places
+from scripts import drift
+
+Say = Callable[[str], None]
+DATABASE = "MARWRIGHT_DATABASE"
+
+
+@dataclass(frozen=True)
+class Champion:
+    """The version that should be answering, and the run that it came from where that is still there."""
+
+    record: ArchiveRecord
+    run: Run | None
+    released_at: float
+    """Unix seconds."""
+
+    @property
+    def learned(self) -> frozenset[str]:
+        """Digests of the newly labelled examples that it has learned from."""
+        return frozenset(self.run.json("split.json", made_by="train").get("new", {})) if self.run else frozenset()
+
+
+@dataclass(frozen=True)
+class Fed:
+    """What the feedback store has for this turn."""
+
+    store: Store
+    labelled: list[Labelled]
+    selection: Selection
+    looks: list[Look]
+    """At the champion's requests, newest first."""
+    refused_at: float
+    """Unix seconds; when labels were last learned from in vain."""
+
+
+@contextlib.contextmanager
+def opened(places: Places) -> Iterator[Store | None]:
+    """The feedback store; None where nothing was ever collected: no folder, and no database is named."""
+    url = places.database or os.environ.get(DATABASE)
+    if url is None and not places.feedback.is_dir():
+        yield None
+        return
+    with Store.open(places.feedback, url) as store:
+        yield store
+
+
+def ingested(places: Places, chosen: Recipe, limits: Policy, store: Store, champion: Champion, say: Say) -> Fed:
+    """Take in what the workers left, look for drift, and choose what is learned from and what judges."""
+    taken = store.ingest(places.spool)
+    if taken.requests or taken.labels or taken.damaged:
+        say(f"{taken.requests} requests and {taken.labels} labels taken in")
+    if taken.unknown:
+        say(f"{taken.unknown} labels are of requests that nobody captured")
+    store.prune(days=limits.keep.days, unlabelled_days=limits.keep.unlabelled_days)
+    looks = drift.looked(places, store, champion.record, limits.trigger)
+    if looks and looks[0].drifted:
+        say(f"drift: {', '.join(test.name for test in looks[0].tests if test.drifted)}")
+    labelled = store.labelled(chosen.name, conflict=limits.learn.conflict)
+    classes = golden.spec(places.store / champion.record.file).classes
+    picked = selection.select(labelled, limits.learn, classes=classes, learned=champion.learned)
+    for note in picked.notes:
+        say(note)
+    refused = [note for note in store.notes("refused", chosen.name) if note["run"] != champion.record.run]
+    since = max((float(note["time"]) for note in refused), default=0.0)
+    return Fed(store, labelled, picked, looks, since)
+
+
+def examples(fed: Fed | None, chosen: Recipe) -> Examples | None:
+    """What is learned from; rows of numbers are collected and watched, and not learned from."""
+    if fed is None or chosen.data.image() is None or not fed.selection.learn:
+        return None
+    return selection.examples(fed.selection, chosen)
+
+
+def apart(fed: Fed | None, chosen: Recipe, dataset: Dataset) -> Fed | None:
+    """Without the pictures that the judge may not use, now that the data are there."""
+    return None if fed is None else replace(fed, selection=selection.apart(fed.selection, chosen, dataset))
+
+
+def facts(champion: Champion, news: Difference, fed: Fed | None) -> Facts:
+    """`news` are of the whole data set: what is not from the store is from the folder."""
+    if fed is None:
+        return Facts(0, news.added, news.own, champion.released_at, time.time())
+    taught = sum(each.digest not in fed.selection.learned for each in fed.selection.learn)
+    return Facts(
+        labels=sum(each.labelled_at > fed.refused_at for each in fed.selection.fresh),
+        folder=max(0, news.added - taught),
+        own=news.own,
+        released_at=champion.released_at,
+        now=time.time(),
+        outcomes=trigger.outcomes(fed.labelled, champion.record.version),
+        looks=fed.looks,
+    )
+
+
+def judged(limits: Policy, champion: Champion | None, run: Run, fed: Fed | None, say: Say) -> Judgement | None:
+    """What the old and the new holdout say; None where production has taught nothing, or there is nobody to compare
+    with: then the rollout's gate judges alone."""
+    if champion is None or fed is None or not fed.selection.learn:
+        return None
+    if champion.run is None:
+        say(f"nobody judges before the rollout: the run of {champion.record.version} is gone")
+        return None
+    judged = judge.runs(champion.run, run, fed.selection, limits)
+    for reason in judged.reasons:
+        say(reason)
+    return judged
+
+
+def stopped(places: Places, model: str, run: Run, judged: Judgement, fed: Fed | None) -> str:
+    """The phase of a turn whose run the judge did not let pass; RolledBack where it is worse."""
+    assert fed is not None
+    known = any(note["run"] == run.id for note in fed.store.notes("refused", model))
+    fed.store.note("refused", model, {"run": run.id, "by": "judge", "judgement": judged.to_dict()})
+    if not places.json:
+        cli.print_table(*judged.table())
+    if known:
+        return "refused before"
+    if judged.outcome == "fail":
+        raise RolledBack(f"{run.id} is not released", reason=judged.reasons[0], hint="marwright feedback status")
+    return "no better"
+
+
+@contextlib.contextmanager
+def holdout(places: Places, chosen: Recipe, run: Run, fed: Fed | None) -> Iterator[Path | None]:
+    """The old and the new holdout in one file for the rollout's gate; a killed rollout finds it there again."""
+    path = holdout_path(places, chosen.name)
+    image = chosen.data.image()
+    if fed is None or not fed.selection.judge or image is None:
+        yield None
+        return
+    with np.load(run.file("examples.npz", made_by="train"), allow_pickle=False) as old:
+        inputs, labels = selection.arrays(fed.selection.judge, image, chosen.limits, run.spec.classes)
+        merged = {"inputs": np.concatenate([old["inputs"], inputs]), "labels": np.concatenate([old["labels"], labels])}
+    stream = io.BytesIO()
+    np.savez(stream, inputs=merged["inputs"], labels=merged["labels"])
+    with files.replacing(path) as temporary:
+        temporary.write_bytes(stream.getbuffer())
+    try:
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def holdout_path(places: Places, model: str) -> Path:
+    return places.runs / "feedback" / f"{model}.npz"
