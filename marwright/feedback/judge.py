@@ -161,19 +161,19 @@ def doubt(champion: ServingGraph, new: Holdout, trusted: Holdout, classes: Seque
 
 
 def believed(found: Noise | None, limit: float) -> Labels:
-    """Fails where a class surely has more wrong labels than `limit`; undecided where it seems so."""
+    """Fails where a class surely has more wrong labels than `limit`; undecided where it seems so, and more than half
+    of `limit` is sure: of few examples, two or three doubtful ones say nothing."""
     if found is None:
         return Labels("pass", "labels: too few of them to estimate how many are wrong")
     rows = [row for row in found.by_class.values() if row.share is not None]
     if not rows:
         return Labels("pass", "labels: too few of each class, or too alike, to estimate how many are wrong")
     worst = max(rows, key=lambda row: (row.at_least or 0.0, row.share or 0.0))
-    doubtful = max(rows, key=lambda row: row.share or 0.0)
     outcome: Outcome = "pass"
     if (worst.at_least or 0.0) > limit:
         outcome = "fail"
-    elif (doubtful.share or 0.0) > limit:
-        outcome, worst = "inconclusive", doubtful
+    elif (worst.share or 0.0) > limit and (worst.at_least or 0.0) > limit / 2:
+        outcome = "inconclusive"
     share, at_least = worst.share or 0.0, worst.at_least or 0.0
     way = "of those labelled so seem to be of another class"
     if share != worst.wrong:
@@ -181,7 +181,7 @@ def believed(found: Noise | None, limit: float) -> Labels:
     return Labels(
         outcome,
         f"labels: {found.rate:.1%} of {found.examples} seem wrong; of class {worst.label!r} {share:.1%} {way}, at least"
-        f" {at_least:.1%} at 95 % confidence, and {limit:.1%} is allowed",
+        f" {at_least:.1%} at 95 % confidence, and {limit:.0%} is allowed",
     )
 
 

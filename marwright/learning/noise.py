@@ -181,20 +181,20 @@ def _joint(probabilities: Floats, labels: Integers) -> tuple[Integers, Integers]
 def _unseen(features: Floats, labels: Integers, classes: int, seed: int) -> Floats:
     """N×K probabilities, each by a regression that has not seen the example."""
     from sklearn.linear_model import LogisticRegression
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
     spread = features.std(axis=0)
     features = (features - features.mean(axis=0)) / np.where(spread > 1e-9, spread, 1.0)
     folds = _folds(labels, seed)
     found = np.zeros((len(labels), classes))
-    for fold in range(FOLDS):
-        inside = folds == fold
-        model = LogisticRegression(C=PENALTY, max_iter=300)
-        with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # a regression that has not settled in 300 steps is an estimate all the same
-            model.fit(features[~inside], labels[~inside])
-        found[np.ix_(inside, model.classes_)] = model.predict_proba(features[inside])
+    # One thread: matrices this small are done before a second one has woken up. A regression that has not settled in
+    # 300 steps is an estimate all the same.
+    with threadpool_limits(1), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for fold in range(FOLDS):
+            inside = folds == fold
+            model = LogisticRegression(C=PENALTY, max_iter=300).fit(features[~inside], labels[~inside])
+            found[np.ix_(inside, model.classes_)] = model.predict_proba(features[inside])
     return found
 
 
