@@ -79,7 +79,8 @@ def test_what_an_alert_says_to_type_exists(alert: dict[str, dict[str, str]]) -> 
         if words[0] == "marwright":
             assert words[1] in VERBS
             options = {word.removeprefix("--") for word in words if word.startswith("--")}
-            settings = importlib.import_module(f"scripts.{words[1]}").SETTINGS
+            module = importlib.import_module(f"scripts.{words[1]}")
+            settings = module.PARTS[words[2]][0] if hasattr(module, "PARTS") else module.SETTINGS
             assert options <= {field.name for field in dataclasses.fields(settings)}
 
 

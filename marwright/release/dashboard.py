@@ -206,6 +206,70 @@ ROWS: tuple[tuple[str, tuple[Plot, ...]], ...] = (
         ),
     ),
     (
+        "Feedback",
+        (
+            Plot(
+                "Live accuracy",
+                "percentunit",
+                (
+                    (f"marwright_live_accuracy{{{_CHOSEN}}}", _NAME),
+                    (f"marwright_live_accuracy_low{{{_CHOSEN}}}", f"{_NAME} at least"),
+                    (f"marwright_live_accuracy_high{{{_CHOSEN}}}", f"{_NAME} at most"),
+                ),
+                "By the labels that came back; the bounds are those of 95 %.",
+            ),
+            Plot(
+                "Drift: p of each test",
+                "percentunit",
+                ((f"marwright_drift_p{{{_CHOSEN}}}", f"{_NAME} {{{{test}}}}"),),
+                "Corrected for all tests of a look: what is below the policy's false alarm rate, 5 %, has drifted.",
+            ),
+            Plot(
+                "Looks in a row that found drift",
+                "short",
+                ((f"marwright_drift_looks{{{_CHOSEN}}}", _NAME),),
+            ),
+            Plot(
+                "Labels",
+                "short",
+                (
+                    (f"marwright_live_labels{{{_CHOSEN}}}", _NAME),
+                    ("marwright_feedback_unknown_labels", "of unknown requests"),
+                ),
+            ),
+            Plot(
+                "From an answer to its label",
+                "s",
+                (
+                    (
+                        'marwright_feedback_label_lag_seconds{model_name=~"$model"}',
+                        "{{model_name}} quantile {{quantile}}",
+                    ),
+                ),
+            ),
+            Plot(
+                "Captured and dropped",
+                "reqps",
+                (
+                    (_sum("marwright_captured_total"), f"{_NAME} captured"),
+                    (_sum("marwright_capture_dropped_total", "reason"), f"{_NAME} dropped: {{{{reason}}}}"),
+                ),
+                "What is dropped is missing in the spool, and was answered all the same.",
+            ),
+            Plot(
+                "Since the last turn of the loop",
+                "s",
+                (
+                    (
+                        'time() - marwright_turn_timestamp_seconds{model_name=~"$model"}'
+                        ' * on (model_name) group_right () marwright_turn_phase{model_name=~"$model"}',
+                        "{{model_name}}: {{phase}}",
+                    ),
+                ),
+            ),
+        ),
+    ),
+    (
         "TorchServe and its host",
         (
             Plot(
