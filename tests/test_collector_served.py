@@ -38,7 +38,7 @@ from marwright.settings import (
     WatchSettings,
 )
 from scripts import activate, collector, live, reconcile, releases, rollback, rollout, status, watch
-from tests import archives, torchserve
+from tests import archives, checkout, torchserve
 from tests.archives import Built
 
 pytestmark = pytest.mark.server
@@ -447,3 +447,26 @@ def test_a_server_that_we_start_or_that_activate_prepares_knows_the_same_spool(
     monkeypatch.setenv("MARWRIGHT_SPOOL", "")
     assert said() == ""
     assert "MARWRIGHT_CAPTURE" not in Server(tmp_path / "s", home=tmp_path)._environment()
+
+
+def test_the_line_that_the_command_prints_sends_a_label_also_to_a_plain_torchserve() -> None:
+    with checkout.fresh("labels") as project:
+        project.make("serve", "EPOCHS=2")
+        said = project.shell("marwright feedback collector").stdout
+        [line] = [line.strip() for line in said.splitlines() if line.strip().startswith("curl ")]
+        kept = project.root / "feedback" / "spool"
+        assert json.loads(project.shell(f"{line} --silent --show-error").stdout)["accepted"] == 1
+        assert "digits" in project.shell("marwright status").stdout
+        project.shell("marwright stop && torchserve --start")
+        project.make("serve", "EPOCHS=2")  # waits for it, and proves both models
+        uid = line.replace('"label": "cat"', '"label": "cat", "uid": "plain"')
+        assert json.loads(project.shell(f"{uid} --silent --show-error").stdout) == {"accepted": 1, "uids": ["plain"]}
+        project.shell("marwright stop")
+        found = [
+            label
+            for path in spool.finished(kept, inbox.KIND)
+            for frame in list(spool.frames(path))[1:]
+            for label in frame.header["labels"]
+        ]
+        assert [label["request"] for label in found] == ["ID", "ID"]
+        assert found[1]["uid"] == "plain"
