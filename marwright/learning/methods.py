@@ -22,9 +22,10 @@ that is forgotten is gone from it too. `Trainer` does the training; a `Plan` tel
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -37,6 +38,8 @@ from marwright.learning.tables import Cosine, Training
 from marwright.runs import Run
 
 CHUNK = 512
+EPOCHS = 5
+"""Of a plan, at most. An epoch ends with the validation part, so many short ones would cost more than they train."""
 WARMUP = 0.1
 """Of a plan's epochs: an optimiser without a memory begins gently."""
 
@@ -53,7 +56,7 @@ class Method:
     everything: bool = False
     """Learns from the whole training part, as the recipe says; nothing below has a meaning then."""
     budget: float = 0.0
-    """Examples that may be looked at, as a share of what a training from scratch would look at. At least one epoch; and
+    """Examples that may be looked at, as a share of what a training from scratch would look at. At least one pass; and
     no new example is seen more often than from scratch."""
     lr: float = 1.0
     """Times the recipe's learning rate; then half a cosine down to 0."""
@@ -72,10 +75,10 @@ METHODS = {
     for method in (
         Method("scratch", starts=False, everything=True),
         Method("warm", everything=True),
-        Method("finetune", budget=0.07, lr=0.5),
-        Method("replay", budget=0.14, lr=0.5, buffer=2000),
-        Method("derpp", budget=0.14, lr=0.5, buffer=2000, alpha=0.2, beta=1.0),
-        Method("head", budget=1.0, lr=1.0, buffer=2000, frozen=True),
+        Method("finetune", budget=0.08, lr=2.0),
+        Method("replay", budget=0.16, lr=2.0, buffer=2000),
+        Method("derpp", budget=0.16, lr=2.0, buffer=2000, alpha=0.05),
+        Method("head", budget=0.5, lr=3.0, buffer=2000, frozen=True),
     )
 }
 
@@ -99,28 +102,21 @@ class Plan:
     training: Training
     new: Tensor
     buffer: Tensor
+    length: int
+    """New examples in an epoch, those seen again counted again."""
 
     def batches(self, inputs: Inputs, *, generator: torch.Generator) -> list[Batch]:
-        """One epoch: every new example once, each batch filled up with as many of the buffer.
-
-        A frozen net's epoch is longer where the buffer is larger: it costs next to nothing.
-        """
-        drawn = list(_drawn(self.new, self.length, inputs, generator))
-        new = torch.cat(drawn)[: self.length]
+        """One epoch: the new examples, none once more before all others, each batch with as many of the buffer."""
+        new = _drawn(self.new, self.length, inputs, generator)
         if not len(self.buffer):
             return [Batch(positions) for positions in pieces(new, self.training.batch_size)]
         every = torch.arange(len(self.buffer))
-        old = torch.cat(list(_drawn(every, self.length, inputs, generator)))[: self.length]
+        old = _drawn(every, self.length, inputs, generator)
         half = max(1, self.training.batch_size // 2)
         return [
             Batch(torch.cat([first, self.buffer[again]]), (again,))
             for first, again in zip(pieces(new, half), pieces(old, half), strict=True)
         ]
-
-    @property
-    def length(self) -> int:
-        """New examples in an epoch, those seen again counted again."""
-        return max(len(self.new), len(self.buffer)) if self.method.frozen else len(self.new)
 
 
 def named(name: str) -> Method:
@@ -146,16 +142,16 @@ def plan(method: Method, training: Training, dataset: Dataset, start: Run) -> Pl
     seen = torch.ones(len(dataset.train), dtype=torch.bool)
     seen[new] = False
     buffer = reservoir(dataset, seen.nonzero()[:, 0], size=method.buffer, seed=training.seed)
-    made = Plan(method, training, new, buffer)
-    looked_at = made.length * (2 if len(buffer) else 1)
-    epochs = int(method.budget * training.epochs * len(dataset.train) / looked_at)
-    epochs = min(max(1, epochs), training.epochs)
+    once = len(new) * (2 if len(buffer) else 1)
+    passes = int(method.budget * training.epochs * len(dataset.train) / once)
+    passes = min(max(1, passes), training.epochs)
+    epochs = min(passes, EPOCHS)
     changed = {
         "epochs": epochs,
         "schedule": Cosine(name="cosine", warmup=WARMUP * epochs),
         "optimiser": training.optimiser.model_copy(update={"lr": method.lr * training.optimiser.lr}),
     }
-    return replace(made, training=training.model_copy(update=changed))
+    return Plan(method, training.model_copy(update=changed), new, buffer, len(new) * passes // epochs)
 
 
 def fresh(dataset: Dataset, run: Run) -> Tensor:
@@ -221,9 +217,8 @@ def _taken(graph: ServingGraph, part: Part, positions: Tensor) -> Iterator[Tenso
             yield part.take(chunk)[0].to(graph.mean.device)
 
 
-def _drawn(positions: Tensor, count: int, inputs: Inputs, generator: torch.Generator) -> Iterator[Tensor]:
-    """All of them in a new order, over and over, until there are `count`."""
-    given = 0
-    while given < count:
-        yield positions[order(len(positions), inputs, generator=generator)]
-        given += len(positions)
+def _drawn(positions: Tensor, count: int, inputs: Inputs, generator: torch.Generator) -> Tensor:
+    """`count` of them: all in a new order, over and over."""
+    turns = math.ceil(count / len(positions))
+    shuffled = [positions[order(len(positions), inputs, generator=generator)] for _ in range(turns)]
+    return torch.cat(shuffled)[:count]
