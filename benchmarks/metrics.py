@@ -20,10 +20,10 @@ import json
 import math
 import os
 import platform
-import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -73,11 +73,18 @@ def main() -> None:
         batches()
         return
     if options.verb == "run":
-        measure(options)
-    show(options.out)
+        measure(options, "metrics", build)
+    show(options.out, "metrics")
 
 
-def measure(options: argparse.Namespace) -> None:
+def measure(
+    options: argparse.Namespace,
+    what: str,
+    build: Callable[[Path], tuple[Body, ...]],
+    after: Callable[[str, dict[str, Any]], Mapping[str, Any]] = lambda kind, found: {},
+) -> None:
+    """Pairs of runs with `what` on and off. `build` makes the two archives; `after` adds columns to a run that counts
+    or does not count, before the next one begins."""
     with tempfile.TemporaryDirectory(prefix="mw-", dir="/tmp") as name:
         folder = Path(name)
         sent = build(folder)
@@ -88,15 +95,17 @@ def measure(options: argparse.Namespace) -> None:
             with home.client(timeout=60.0) as client:
                 client.register("digits-1.1.mar", initial_workers=1, synchronous=True, timeout=120)
                 for kind in VERSIONS:
-                    once(home, client, sent, kind, 8.0, options.connections)  # not counted: Java is slow at first
+                    found = once(home, client, sent, kind, 8.0, options.connections)  # not counted: Java begins slowly
+                    after(kind, found)
                 for number in range(options.pairs):
                     for kind in ("on", "off"):
                         renew(client, VERSIONS[kind])
-                        once(home, client, sent, kind, 1.5, options.connections)  # nor this: new workers are, too
+                        found = once(home, client, sent, kind, 1.5, options.connections)  # nor this: new workers, too
+                        after(kind, found)
                     order = ("on", "off", "off", "on") if number % 2 == 0 else ("off", "on", "on", "off")
                     for kind in order:
                         found = once(home, client, sent, kind, options.seconds / 2, options.connections)
-                        rows.append({"pair": number, **found})
+                        rows.append({"pair": number, what: kind, **found, **after(kind, found)})
                         print(json.dumps(rows[-1]), flush=True)
     text = io.StringIO()
     writer = csv.DictWriter(text, rows[0])
@@ -111,21 +120,26 @@ def measure(options: argparse.Namespace) -> None:
 
 def build(folder: Path) -> tuple[Body, ...]:
     """The two archives in `folder/store`, and what is sent: the golden examples."""
+    return versions(folder, on={}, off={"metrics": False})
+
+
+def versions(folder: Path, *, on: Mapping[str, Any], off: Mapping[str, Any]) -> tuple[Body, ...]:
+    """The same archive twice, with these settings of the handler."""
     built = built_archives.build(built_archives.train("digits", folder), folder / "built", version="1.0")
     sent = bodies.golden(folder / "built", "digits")
     (folder / "store").mkdir()
-    shutil.copy(built.path, folder / "store")
-    root = folder / "off"
-    container.unpack(built.path, root)
-    config = yaml.safe_load((root / "model-config.yaml").read_text())
-    config["handler"]["metrics"] = False
-    (root / "model-config.yaml").write_text(yaml.safe_dump(config))
-    manifest = json.loads((root / "MAR-INF" / "MANIFEST.json").read_text())
-    manifest["model"]["modelVersion"] = VERSIONS["off"]
-    (root / "MAR-INF" / "MANIFEST.json").write_text(json.dumps(manifest))
-    archives.seal(root)
-    members = {path.relative_to(root).as_posix(): path for path in root.rglob("*") if path.is_file()}
-    container.write(folder / "store" / "digits-1.1.mar", members)
+    for kind, changes in {"on": on, "off": off}.items():
+        root = folder / kind
+        container.unpack(built.path, root)
+        config = yaml.safe_load((root / "model-config.yaml").read_text())
+        config["handler"].update(changes)
+        (root / "model-config.yaml").write_text(yaml.safe_dump(config))
+        manifest = json.loads((root / "MAR-INF" / "MANIFEST.json").read_text())
+        manifest["model"]["modelVersion"] = VERSIONS[kind]
+        (root / "MAR-INF" / "MANIFEST.json").write_text(json.dumps(manifest))
+        archives.seal(root)
+        members = {path.relative_to(root).as_posix(): path for path in root.rglob("*") if path.is_file()}
+        container.write(folder / "store" / f"digits-{VERSIONS[kind]}.mar", members)
     return sent
 
 
@@ -167,7 +181,6 @@ def once(
     if summary.failed:
         raise SystemExit(f"{summary.failed} requests failed: {summary.failures[:3]}")
     return {
-        "metrics": kind,
         "requests": summary.requests,
         "seconds": round(summary.seconds, 4),
         "per_second": round(summary.requests / summary.seconds, 2),
@@ -184,18 +197,18 @@ def cpu(process: psutil.Process) -> float:
     return float(times.user + times.system)
 
 
-def show(path: Path) -> None:
+def show(path: Path, what: str) -> None:
     """On over off, each with its 95 % interval: paired by time, Student's t on the logarithms of the ratios."""
     lines = path.read_text().splitlines()
     print(lines[0].removeprefix("# "))
     rows = list(csv.DictReader(lines[1:]))
     table = Table(box=None, pad_edge=False)
-    for title in ("", "metrics on", "metrics off", "on / off", "95 % interval"):
+    for title in ("", f"{what} on", f"{what} off", "on / off", "95 % interval"):
         table.add_column(title, justify="left" if not title else "right")
     figures = {"per_second": "requests a second", "p50_ms": "p50 ms", "p99_ms": "p99 ms"}
     figures |= {"worker_cpu_us": "worker, µs of CPU each", "server_cpu_us": "server, µs of CPU each"}
     for name, title in figures.items():
-        values = {kind: halves(rows, kind, name) for kind in VERSIONS}
+        values = {kind: halves(rows, what, kind, name) for kind in VERSIONS}
         ratios = np.log(values["on"] / values["off"])
         low, high = paired.means(ratios, 0.975)  # on each side
         interval = "" if low is None or high is None else f"{math.exp(low):.3f} to {math.exp(high):.3f}"
@@ -205,9 +218,9 @@ def show(path: Path) -> None:
     print(f"{len(rows) // 4} pairs; the columns are medians, the ratio is the geometric mean of the pairs' ratios")
 
 
-def halves(rows: list[dict[str, str]], kind: str, name: str) -> NDArray[np.float64]:
+def halves(rows: list[dict[str, str]], what: str, kind: str, name: str) -> NDArray[np.float64]:
     """For each pair the mean of its two runs of that kind."""
-    values = [float(row[name]) for row in rows if row["metrics"] == kind]
+    values = [float(row[name]) for row in rows if row[what] == kind]
     return np.array(values).reshape(-1, 2).mean(axis=1)
 
 

@@ -22,15 +22,12 @@ again with its keys sorted), and for text ("form": "text", as UTF-8). `type` is 
 Only predict requests that were answered with 200 are here, and none that said `capture` off.
 
 Which requests are chosen depends on their ids and the seed alone: every worker and every process chooses the same, and
-a larger share holds all of a smaller one. A redaction hook, `module:function`, is called as `function(body, type)` with
-bytes and text; it returns the bytes to keep, or None to keep none. The module must be on the server's PYTHONPATH. While
-it cannot be imported, or raises, the request is not captured at all.
+a larger share holds all of a smaller one. `handlers.redaction` says what a redaction hook is.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import logging
 import marshal
@@ -49,6 +46,7 @@ from handlers import ending, payloads, spool
 from handlers.errors import BadRequest
 from handlers.instances import array
 from handlers.payloads import Headers, Payload
+from handlers.redaction import Redaction, Unredacted
 from handlers.settings import WorkerSettings
 from handlers.spec import ModelSpec
 
@@ -103,10 +101,6 @@ class _Batch(NamedTuple):
     """About what it keeps in memory."""
 
 
-class _Unredacted(Exception):
-    """The hook failed on a body, which is kept nowhere therefore."""
-
-
 def chosen(request: str, share: float, seed: int) -> bool:
     """Whether the request of this id is one of the `share` that is captured."""
     key = seed.to_bytes(8, "big")
@@ -147,7 +141,7 @@ class Recorder:
         bundle: str,
         count: Callable[[int, str], object],
     ) -> None:
-        """`count` is told of requests that are in the spool (reason "") and of those that are not (`metrics.DROPS`)."""
+        """`count` is told how many requests are in the spool (reason ""), or are not (`metrics.DROPS`)."""
         self.share = settings.capture if settings.captures else 0.0
         self._settings = settings
         self._spec = spec
@@ -155,7 +149,7 @@ class Recorder:
         self._folder = settings.spool or Path("/nonexistent")
         head = {"v": 1, "model": model, "version": version, "bundle": bundle, "spec": json.loads(spec.to_json())}
         self._writer = spool.Writer(self._folder, KIND, head)
-        self._redact: Callable[[bytes, str], bytes | None] | None = None
+        self._redact = Redaction(settings.capture_redact if settings.capture_bodies else "")
         self._waiting: deque[_Batch] = deque()
         # Bytes. One is written by the worker's thread alone, the other by whoever holds the lock.
         self._put = self._taken = 0
@@ -230,8 +224,10 @@ class Recorder:
         self._waiting.append(_Batch(time.time(), kept, outputs, size))
 
     def _run(self) -> None:
-        if self._settings.capture_redact and self._settings.capture_bodies:
-            self._redact = self._hook(self._settings.capture_redact)
+        try:
+            self._redact.load()
+        except Exception:
+            self._say("redact", f"the redaction hook {self._redact.name} cannot be had: nothing is captured")
         while not self._over.wait(_PERIOD):
             self.flush()
             with self._turn:
@@ -263,11 +259,13 @@ class Recorder:
         rows: dict[str, list[NDArray[Any]]] = {name: [] for name in self._spec.outputs}
         at = 0
         for batch in group:
-            time.sleep(0)  # a request that waits for the interpreter goes first
+            kept: list[slice] = []
             for one in batch.requests:
+                if len(entries) % 16 == 0:
+                    time.sleep(0)  # a request that waits for the interpreter goes first
                 try:
                     entry, piece = self._entry(one)
-                except _Unredacted:
+                except Unredacted:
                     self._drop(1, "redact", "the redaction hook failed: such requests are not captured")
                     continue
                 except Exception:
@@ -278,8 +276,9 @@ class Recorder:
                     pieces.append(piece)
                     at += len(piece)
                 entries.append(entry)
-                for name, found in rows.items():
-                    found.append(batch.outputs[name][one.rows])
+                kept.append(one.rows)
+            for name, found in rows.items() if kept else ():
+                found.append(_of(batch.outputs[name], kept))
         if not entries:
             return
         try:
@@ -305,7 +304,7 @@ class Recorder:
 
     def _entry(self, one: _Request) -> tuple[dict[str, Any], bytes | None]:
         """What the header says of a request, and its body where that is to be kept."""
-        (name,) = payloads.inputs(one.fields)
+        (name,) = one.fields if len(one.fields) == 1 else payloads.inputs(one.fields)
         given = one.fields[name]
         said = one.headers.get(name)
         kind = str(said.get("content-type") or "") if isinstance(said, Mapping) else ""
@@ -328,30 +327,10 @@ class Recorder:
             entry["form"] = form
         if not self._settings.capture_bodies:
             return entry, None
-        if not self._settings.capture_redact:
+        if not self._redact:
             return entry, body
         entry["redacted"] = True
-        return entry, self._redacted(bytes(body), kind)
-
-    def _redacted(self, body: bytes, kind: str) -> bytes | None:
-        if self._redact is None:
-            raise _Unredacted("there is no hook")
-        try:
-            kept = self._redact(body, kind)
-        except Exception as error:
-            raise _Unredacted from error
-        if kept is not None and not isinstance(kept, bytes | bytearray):
-            raise _Unredacted(f"the hook gave {type(kept).__name__}; expected bytes or None")
-        return kept
-
-    def _hook(self, name: str) -> Callable[[bytes, str], bytes | None] | None:
-        module, _, function = name.partition(":")
-        try:
-            found: Callable[[bytes, str], bytes | None] = getattr(importlib.import_module(module), function)
-            return found
-        except Exception:
-            self._say("redact", f"the redaction hook {name} cannot be had: nothing is captured")
-            return None
+        return entry, self._redact(bytes(body), kind)
 
     def _room(self, size: int) -> bool:
         """Whether so many bytes more fit into the spool; it is looked at once a second at most."""
@@ -395,6 +374,13 @@ class Recorder:
 def _decoded_bytes(value: Any, length: int) -> int:
     """About what decoded JSON of so many bytes takes in memory."""
     return 8 * (length or len(marshal.dumps(value)))
+
+
+def _of(values: NDArray[Any], rows: Sequence[slice]) -> NDArray[Any]:
+    """These rows, in order; mostly they are all that there are."""
+    if sum(part.stop - part.start for part in rows) == len(values):
+        return values
+    return np.concatenate([values[part] for part in rows])
 
 
 def _little(values: NDArray[Any], *, half: bool) -> NDArray[Any]:
