@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from handlers import spool
 from handlers.nets import ServingGraph
-from marwright.feedback.store import Answered, Labelled
+from handlers.spec import ModelSpec
+from marwright.feedback.store import Answered, Label, Labelled
 from marwright.learning.reference import Reference
 from marwright.learning.statistics import statistics
+from tests.feedback import spools
 
 
 def rows(
@@ -73,3 +79,48 @@ def window(whole: Reference, places: NDArray[np.int64]) -> list[Answered]:
     some = part(whole, places)
     values = {name: array for name, array in some.values.items() if name != "confidence"}
     return rows(some.values["confidence"], embedding=some.embedding, values=values)
+
+
+def spooled(
+    folder: Path,
+    graph: ServingGraph,
+    pictures: NDArray[np.uint8],
+    *,
+    spec: ModelSpec,
+    bundle: str,
+    version: str = "1.0",
+    start: float = 1_000.0,
+) -> list[str]:
+    """Pictures as requests to a version, a second apart, as its workers leave them; their ids."""
+    with torch.inference_mode():
+        probabilities, embedding = graph.eval()(torch.from_numpy(pictures))
+    head = {"v": 1, "model": "digits", "version": version, "bundle": bundle, "spec": json.loads(spec.to_json())}
+    writer = spool.Writer(folder, "requests", head)
+    ids = []
+    for number, picture in enumerate(pictures):
+        body, ids = spools.png(picture[0]), [*ids, f"{start:.0f}-{number}"]
+        entry = {
+            "id": ids[-1],
+            "rows": 1,
+            "body": [0, len(body)],
+            "sha256": hashlib.sha256(body).hexdigest(),
+            "type": "image/png",
+            "http": True,
+        }
+        given = probabilities[number].numpy().astype(np.float32), embedding[number].numpy().astype(np.float16)
+        outputs = {
+            "probabilities": [len(body), 1, len(given[0]), "float32"],
+            "embedding": [len(body) + given[0].nbytes, 1, len(given[1]), "float16"],
+        }
+        header = {"time": start + number, "requests": [entry], "outputs": outputs}
+        writer.append(header, body + given[0].tobytes() + given[1].tobytes())
+    writer.close()
+    return ids
+
+
+def labels(ids: Sequence[str], said: Sequence[str], *, at: float = 5_000.0) -> list[Label]:
+    """A label for each request."""
+    return [
+        Label(request=one, instance=0, label=label, source="test", time=at + number, uid=f"{one}/{label}")
+        for number, (one, label) in enumerate(zip(ids, said, strict=True))
+    ]
