@@ -145,9 +145,9 @@ class Soak:
         while not self.over.wait(1 / RATE):
             i = int(own.integers(len(found.target)))
             grey = np.rint(found.images[i] * 255 / 16).astype(np.uint8)[np.newaxis, np.newaxis]
-            severity = 1 + int(4 * self.share * own.random())
-            for name in ("darkness", "noise"):
-                grey = corruptions.corrupt(grey, name, severity, seed=int(own.integers(2**31)))
+            severity = 1 + int(3 * self.share * own.random())
+            for name, by in (("darkness", severity), ("noise", 1)):
+                grey = corruptions.corrupt(grey, name, by, seed=int(own.integers(2**31)))
             stream = io.BytesIO()
             Image.fromarray(grey[0, 0]).save(stream, format="PNG")
             try:

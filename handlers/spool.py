@@ -79,6 +79,9 @@ class Writer:
 
         Where it fails, what was written of it is cut off again: a segment never has half a frame in its middle.
         """
+        if self._file is not None and os.fstat(self._file.fileno()).st_nlink == 0:
+            self._file.close()  # somebody has removed it, perhaps with the whole folder
+            self._file = None
         file = self._file or self._begin()
         data = encode(header, payload)
         try:

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from marwright import cli, files
-from marwright.errors import MarwrightError
+from marwright.errors import MarwrightError, RolledBack
 from marwright.feedback import story
 from marwright.feedback.story import Event, Hit
 from marwright.learning import corruptions
@@ -56,6 +56,8 @@ LABELLED_AFTER = 2.0
 """Seconds until somebody says what a picture showed."""
 LONGEST = 120.0
 """Seconds that the alarm is waited for."""
+STEPS = {"trained": "trained", "new holdout": "judged", "built": "archived"}
+"""Beginnings of what a turn says, and how that is marked on the time line."""
 ALARMS = {
     "looks in a row": "alarm: drift",
     "live accuracy": "alarm: accuracy",
@@ -251,8 +253,11 @@ def _circle(
             break
     tale.tell("retrain: the decision is made, and callers go on meanwhile", "retrain")
     traffic.repeat("meanwhile", rest)
-    outcome = retrain.retrained(settings, say=lambda line: tale.tell(f"retrain: {line}"))
-    tale.tell(f"version {outcome.version}: {outcome.phase}", f"{outcome.version} {outcome.phase}")
+    try:
+        outcome = retrain.retrained(settings, say=lambda line: tale.tell(f"retrain: {line}", _mark(line)))
+        tale.tell(f"version {outcome.version}: {outcome.phase}", f"{outcome.version} {outcome.phase}")
+    except RolledBack as refused:
+        tale.tell(refused.message, "refused")
     traffic.repeat("afterwards", rest)
     time.sleep(12.0)
 
@@ -261,6 +266,11 @@ def _shown(
     settings: DemoSettings, tale: Tale, traffic: Traffic, ordinary: Pictures, drifted: Pictures
 ) -> dict[str, float]:
     hits = sorted(traffic.hits, key=lambda hit: hit.at)
+    begun = {hit.version: hit.at for hit in reversed(hits) if not hit.error}
+    tale.events += [
+        Event(at, f"the first answer by {version}", f"{version} answers") for version, at in sorted(begun.items())[1:]
+    ]
+    tale.events.sort(key=lambda event: event.at)
     phases = [("ordinary", "at first"), ("drifted", "drifted"), ("afterwards", "after the rollout")]
     first, low, last = (story.accuracy(hits, phase) or 0.0 for phase, _ in phases)
     failed = sum(bool(hit.error) for hit in hits)
@@ -347,7 +357,7 @@ def _parts() -> tuple[Pictures, Pictures, Pictures, Pictures]:
 
 def drifted(grey: NDArray[np.uint8], seed: int = 0) -> NDArray[np.uint8]:
     """N×1×H×W, as on a bad evening: darker, and noisy."""
-    return corruptions.corrupt(corruptions.corrupt(grey, "darkness", 4, seed=seed), "noise", 4, seed=seed)
+    return corruptions.corrupt(corruptions.corrupt(grey, "darkness", 3, seed=seed), "noise", 1, seed=seed)
 
 
 def _pictures(grey: NDArray[np.uint8], labels: Sequence[str]) -> Pictures:
@@ -387,6 +397,10 @@ def _until(done: Any, seconds: float) -> None:
     deadline = time.monotonic() + seconds
     while not done() and time.monotonic() < deadline:
         time.sleep(0.1)
+
+
+def _mark(line: str) -> str:
+    return next((mark for begins, mark in STEPS.items() if line.startswith(begins)), "")
 
 
 def _percent(traffic: Traffic, phase: str, last: int = 0) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -131,3 +132,13 @@ def test_a_folder_that_cannot_be_written_is_an_oserror(tmp_path: Path) -> None:
         spool.Writer(tmp_path / "file", "requests", {}).append({})
     assert spool.finished(tmp_path / "gone") == []
     assert spool.used(tmp_path / "gone") == 0
+
+
+def test_a_spool_that_was_removed_under_its_writer_is_made_again(tmp_path: Path) -> None:
+    writer = spool.Writer(tmp_path / "spool", "labels", {})
+    writer.append({"n": 1})
+    shutil.rmtree(tmp_path / "spool")
+    writer.append({"n": 2})
+    writer.close()
+    (path,) = spool.finished(tmp_path / "spool")
+    assert [frame.header for frame in spool.frames(path)] == [{}, {"n": 2}]
