@@ -20,6 +20,7 @@ import numpy as np
 from marwright import cli, files
 from marwright.errors import RolledBack
 from marwright.feedback import judge, selection, trigger
+from marwright.feedback.database import VARIABLE
 from marwright.feedback.drift import Look
 from marwright.feedback.judge import Judgement
 from marwright.feedback.selection import Selection
@@ -37,7 +38,6 @@ from marwright.settings import Places
 from scripts import drift
 
 Say = Callable[[str], None]
-DATABASE = "MARWRIGHT_DATABASE"
 
 
 @dataclass(frozen=True)
@@ -71,11 +71,10 @@ class Fed:
 @contextlib.contextmanager
 def opened(places: Places) -> Iterator[Store | None]:
     """The feedback store; None where nothing was ever collected: no folder, and no database is named."""
-    url = places.database or os.environ.get(DATABASE)
-    if url is None and not places.feedback.is_dir():
+    if places.database is None and VARIABLE not in os.environ and not places.feedback.is_dir():
         yield None
         return
-    with Store.open(places.feedback, url) as store:
+    with Store.open(places.feedback, places.database) as store:
         yield store
 
 
