@@ -3,8 +3,8 @@
     with postgres.running(tmp_path / "cluster") as url:
         Store.open(tmp_path, url)
 
-The programs are those on PATH or in Debian's folder of them, else those of Debian's package, unpacked beside the virtual
-environment: nothing is installed, no service is started. PostgreSQL refuses to run as root; there it runs as nobody.
+The programs are those on PATH or in Debian's folder of them, else those of Debian's package, unpacked beside the
+virtual environment: nothing is installed, no service is started. PostgreSQL refuses to run as root; there it is nobody.
 Where it cannot be had, `programs()` skips the test and says why.
 """
 
@@ -64,7 +64,7 @@ def running(where: Path) -> Iterator[str]:
         done = _run([str(folder / "initdb"), "-D", str(data), *words], Path(name), user=user)
         assert done.returncode == 0, done.stdout
         (port,) = torchserve.free_ports(1)
-        command = [str(folder / "postgres"), "-D", str(data), "-h", "127.0.0.1", "-p", str(port), "-k", ""]
+        command = [str(folder / "postgres"), "-D", str(data), "-h", "127.0.0.1", "-p", str(port), "-k", "", "-F"]
         with log.open("wb") as output:
             process = subprocess.Popen(
                 command, cwd=name, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, user=user
@@ -78,7 +78,7 @@ def running(where: Path) -> Iterator[str]:
             password = PASSWORD.replace(" ", "%20")
             yield f"postgresql://wright:{password}@127.0.0.1:{port}/postgres"
         finally:
-            process.send_signal(signal.SIGINT)  # without waiting for its clients
+            process.send_signal(signal.SIGQUIT)  # at once: its data go with its folder
             try:
                 process.wait(20)
             except subprocess.TimeoutExpired:
