@@ -67,7 +67,13 @@ def running(where: Path) -> Iterator[str]:
         command = [str(folder / "postgres"), "-D", str(data), "-h", "127.0.0.1", "-p", str(port), "-k", "", "-F"]
         with log.open("wb") as output:
             process = subprocess.Popen(
-                command, cwd=name, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, user=user
+                command,
+                cwd=name,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                user=user,
+                env=_environment(),
             )
         try:
             until = time.monotonic() + 60
@@ -170,4 +176,12 @@ def _run(command: list[str], cwd: Path, *, user: str | None = None) -> subproces
         timeout=_SECONDS,
         check=False,
         user=user,
+        env=_environment(),
     )
+
+
+def _environment() -> dict[str, str]:
+    """With the libraries of an unpacked package; C, since its words are looked at."""
+    libraries = sorted({str(path.parent) for path in CACHE.glob("usr/lib/**/*.so*")})
+    found = ":".join([*libraries, *filter(None, [os.environ.get("LD_LIBRARY_PATH")])])
+    return {**os.environ, "LC_ALL": "C", **({"LD_LIBRARY_PATH": found} if libraries else {})}
