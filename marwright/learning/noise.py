@@ -10,9 +10,9 @@ Each example gets the probabilities of a logistic regression that has not seen i
 mean probability of it among the examples that are labelled so; an example is counted as the likeliest class whose
 threshold it reaches. Labels and counts that differ make the off-diagonal of the confident joint.
 
-What a regression confuses by itself looks like noise. Examples whose labels are trusted say how much that is: they are
-in the folds too, and their share of confusion is taken off. Where that is more than half of a class, nothing is said
-about it. New examples that are much harder to tell apart than the trusted ones still look noisy.
+What a regression confuses by itself looks like noise. Examples whose labels are trusted help each fold to learn, and
+say how much that is: what regressions on them alone confuse is taken off. Where that is more than half of a class,
+nothing is said about it. New examples that are much harder to tell apart than the trusted ones still look noisy.
 """
 
 from __future__ import annotations
@@ -109,10 +109,9 @@ def estimate(
         return None
     others, known = _some(trusted, features.shape[1])
     everything = np.concatenate([np.asarray(features, np.float64), others])
-    probabilities = _unseen(everything, np.concatenate([labels, known]), len(classes), seed)
-    new, old = probabilities[: len(labels)], probabilities[len(labels) :]
+    new = _unseen(everything, np.concatenate([labels, known]), len(classes), seed)[: len(labels)]
     joint, seen = _joint(new, labels)
-    usual, _ = _joint(old, known)
+    usual = _usual(others, known, len(classes), seed)
     doubted = np.flatnonzero((seen >= 0) & (seen != labels))
     sureness = new[doubted, seen[doubted]] - new[doubted, labels[doubted]]
     return Noise(
@@ -147,6 +146,13 @@ def _confused(counts: Integers, usual: Integers, i: int) -> float:
     if total < SMALLEST:
         total, agreed = int(usual.sum()), int(usual.trace())
     return (total - agreed) / total if total else 0.0
+
+
+def _usual(features: Floats, labels: Integers, classes: int, seed: int) -> Integers:
+    """The joint of the trusted examples, by regressions that saw no new label: wrong ones shall not excuse others."""
+    if len(labels) < 2 * FOLDS or len(np.unique(labels)) < 2:
+        return np.zeros((classes, classes), dtype=np.int64)
+    return _joint(_unseen(features, labels, classes, seed), labels)[0]
 
 
 def _beyond(share: float, usual: float) -> float:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from handlers import images
 from handlers.spec import ImageInput, Limits
 from marwright.errors import DataError
-from marwright.learning import additions, data, decoded, recipe, splitting, training
+from marwright.learning import additions, data, decoded, golden, recipe, splitting, training
 from marwright.learning.dataset import Chain, Dataset
 from marwright.learning.recipe import Recipe
 from marwright.runs import Run
@@ -359,3 +359,27 @@ def test_a_run_knows_what_it_has_learned_from(load: Load, new: Path, own_folder:
     (own_folder / "c" / "more.png").write_bytes(picture(8000, hue=2))
     assert additions.since(load(), old).own
     assert (both.about["new_examples"], old.about["new_examples"]) == (40, 0)
+
+
+def test_what_travels_with_a_model_is_the_recipes_own(load: Load, new: Path, tmp_path: Path) -> None:
+    """Both are the same files, whatever else was learned from: golden examples, and those that a gate judges by."""
+    own, both = load(), load(new)
+    assert len(both.test) > len(own.test)
+    assert set(both.digests.values()) == set(both.split["new"])
+    for made, where in ((own, "golden-own"), (both, "golden-both")):
+        golden.write(made, tmp_path / where)
+    written = {
+        where: {path.relative_to(tmp_path / where): path.read_bytes() for path in (tmp_path / where).rglob("*.*")}
+        for where in ("golden-own", "golden-both")
+    }
+    assert len(written["golden-own"]) == 18
+    assert written["golden-own"] == written["golden-both"]
+
+
+def test_own_rows_have_no_digest_and_new_ones_that_of_their_body(load: Load, new: Path) -> None:
+    assert load().digests == {}
+    made = load(new)
+    for part in made.parts:
+        for row in part.rows.tolist():
+            digest = hashlib.sha256(made.raw(row).data).hexdigest()
+            assert made.digests.get(row) == (digest if digest in made.split["new"] else None)

@@ -204,3 +204,9 @@ def test_a_mnist_recipe_takes_a_folder_instead_of_the_download(tmp_path: Path, c
             (root / label / f"{i}.png").write_bytes(picture(i + 10 * int(label), size=(28, 28)))
     made = data.load(recipe.load("mnist", recipes_dir=RECIPES), path=root, cache=cache, progress=False)
     assert made.train.inputs.shape[1:] == (1, 16, 16)
+
+
+def test_the_classes_are_known_without_decoding(folder: Path, tmp_path: Path) -> None:
+    assert data.classes(tiny(), folder) == ("a", "b", "c")
+    assert data.classes(recipe.load("digits", recipes_dir=RECIPES)) == tuple("0123456789")
+    assert data.classes(recipe.load("diabetes-linear", recipes_dir=RECIPES)) == ()

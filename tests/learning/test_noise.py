@@ -144,3 +144,11 @@ def test_a_feature_that_never_changes_and_a_scale_do_no_harm() -> None:
     plain = estimated(features, noisy, TEN[:5])
     scaled = estimated(np.column_stack([features * 1000 + 5, np.ones(300)]).astype(np.float16), noisy, TEN[:5])
     assert scaled.rate == pytest.approx(plain.rate, abs=0.02)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_labels_that_are_all_wrong_in_one_way_do_not_pass_for_hard_ones(seed: int) -> None:
+    features, labels, trusted, known = digits(seed)
+    found = estimated(features, (labels + 1) % 10, trusted=(trusted, known))
+    assert found.rate > 0.15
+    assert max(row.at_least or 0.0 for row in found.by_class.values()) > 0.15

@@ -542,3 +542,59 @@ def test_what_does_not_fit_together_is_a_programming_error() -> None:
 
 def test_the_same_observations_give_the_same_verdict() -> None:
     assert decide(*pair(500, lost=3, won=5)) == decide(*pair(500, lost=3, won=5))
+
+
+# ---------------------------------------------------------------- better, and before there is an archive
+
+
+@PATIENT
+@given(st.integers(1, 400).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n), st.integers(0, n))))
+def test_without_a_margin_a_pass_is_a_proof_of_better_and_a_fail_one_of_worse(found: tuple[int, int, int]) -> None:
+    examples, lost, won = found
+    won = min(won, examples - lost)
+    verdict = decide(*pair(examples, lost=lost, won=won, both_wrong=0), margin=0.0, looks=1)
+    check = verdict.check("accuracy")
+    assert check.low is not None
+    assert check.high is not None
+    outcome = "pass" if check.low > 0 else "fail" if check.high < 0 else "inconclusive"
+    assert (check.outcome, str(check.limit)) == (outcome, "0.0")
+    assert check.sentence.split(" confidence")[1].startswith(", and it has to be better")
+    if lost >= won:
+        assert check.outcome != "pass"
+
+
+def test_a_version_that_is_no_better_passes_without_a_margin_no_more_often_than_the_confidence_allows() -> None:
+    """Every outcome of 150 examples of which either version alone has a tenth right, with its probability."""
+    examples, rate, error = 150, 0.1, 0.0
+    for lost in range(60):
+        for won in range(60):
+            if paired.proportions(lost, won, examples, 0.95)[0] > 0:
+                error += float(
+                    stats.multinomial.pmf((lost, won, examples - lost - won), examples, (rate, rate, 1 - 2 * rate))
+                )
+    assert 0.01 < error <= 0.052
+
+
+def test_a_regressor_without_a_margin_has_to_be_better_too() -> None:
+    truth = np.linspace(0, 100, 200)
+    errors = rng(1).normal(0, 10, 200)
+    champion, better, other = (
+        observed(name, truth + errors * by) for name, by in (("1.0", 1), ("1.1", 0.9), ("1.2", 1))
+    )
+    assert decide(champion, better, truth, margin=0.0).check("error").outcome == "pass"
+    assert decide(champion, other, truth, margin=0.0).check("error").outcome == "inconclusive"
+    assert decide(better, champion, truth, margin=0.0).check("error").outcome == "fail"
+
+
+def test_before_there_is_an_archive_neither_latency_nor_bytes_are_judged() -> None:
+    champion, challenger, truth = pair(2000)
+    first, second = (Observed(each.version, each.outputs) for each in (champion, challenger))
+    verdict = decide(first, second, truth)
+    assert verdict.outcome == "pass"
+    assert verdict.latencies == ()
+    assert {check.name: check.outcome for check in verdict.checks if check.name in ("latency", "size", "memory")} == {
+        "size": "reported",
+        "memory": "reported",
+    }
+    assert Verdict.from_dict(json.loads(json.dumps(verdict.to_dict()))) == verdict
+    assert decide(champion, second, truth).latencies == ()

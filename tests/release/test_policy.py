@@ -90,7 +90,7 @@ def test_all_problems_are_said_at_once_with_key_value_and_what_is_allowed() -> N
         "ready.seconds is True",
         "settle.drain_seconds is inf; allowed: a finite number",
         "watch is 3; allowed: a table, [watch]",
-        "gates is unknown (did you mean gate?); allowed: gate, judge, learn, ready, server,",
+        "gates is unknown (did you mean gate?); allowed: gate, judge, keep, learn, ready,",
     ):
         assert part in said
 

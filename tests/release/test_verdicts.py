@@ -175,3 +175,11 @@ def test_a_verdict_of_the_fewest_examples_and_of_equal_times_is_shown() -> None:
     verdict = gate.decide(numbers, dataclasses.replace(numbers, version="1.1"), np.array([0.5]), GatePolicy())
     assert "too few to say anything" in verdicts.page(verdict, title="x")
     assert "What was gained or lost" not in verdicts.page(verdict, title="x")
+
+
+def test_a_verdict_without_latencies_has_no_section_about_them() -> None:
+    one = Observed("1.0", np.array([[0.9, 0.1]] * 50))
+    verdict = gate.decide(one, dataclasses.replace(one, version="1.1"), np.zeros(50, dtype=np.int64), GatePolicy())
+    page = verdicts.page(verdict, title="x")
+    assert "Calibration" in page
+    assert "Latency" not in page
