@@ -159,8 +159,8 @@ class Trainer:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         with self._seeded("weights", 0):
             graph = graphs.build(recipe, dataset)
-        if start is not None:
-            graphs.warm(graph, start, recipe, dataset)
+            if start is not None:
+                graphs.warm(graph, start, recipe, dataset)
         self.graph = graph.to(self.device)
         if recipe.task == "classification":
             self.graph = self.graph.to(memory_format=torch.channels_last)
