@@ -71,6 +71,8 @@ _AT_ONCE = 16
 _LARGEST_HALF = float(np.finfo(np.float16).max)
 
 _log = logging.getLogger(__name__)
+_BYTES = (bytes, bytearray)
+_SIZED = (bytes, bytearray, str)
 _JSON = json.JSONEncoder(separators=(",", ":"), sort_keys=True)
 
 
@@ -213,8 +215,7 @@ class Recorder:
             kept.append(_Request(id, fields, context.get_all_request_header(index), one.rows, one.headers.http))
             size += 1000
             for value in fields.values():
-                sized = isinstance(value, bytes | bytearray | str)
-                size += len(value) if sized else _decoded_bytes(value, one.headers.length)
+                size += len(value) if isinstance(value, _SIZED) else _decoded_bytes(value, one.headers.length)
         if not kept:
             return
         if self._put - self._taken + size > _WAITING:
@@ -255,13 +256,13 @@ class Recorder:
     def _write(self, group: Sequence[_Batch]) -> None:
         """One frame of these batches."""
         entries: list[dict[str, Any]] = []
-        pieces: list[bytes] = []
+        pieces: list[bytes | bytearray] = []
         rows: dict[str, list[NDArray[Any]]] = {name: [] for name in self._spec.outputs}
         at = 0
         for batch in group:
             kept: list[slice] = []
             for one in batch.requests:
-                if len(entries) % 16 == 0:
+                if len(entries) % 64 == 63:
                     time.sleep(0)  # a request that waits for the interpreter goes first
                 try:
                     entry, piece = self._entry(one)
@@ -302,15 +303,15 @@ class Recorder:
         else:
             self._count(len(entries), "")
 
-    def _entry(self, one: _Request) -> tuple[dict[str, Any], bytes | None]:
+    def _entry(self, one: _Request) -> tuple[dict[str, Any], bytes | bytearray | None]:
         """What the header says of a request, and its body where that is to be kept."""
         (name,) = one.fields if len(one.fields) == 1 else payloads.inputs(one.fields)
         given = one.fields[name]
         said = one.headers.get(name)
-        kind = str(said.get("content-type") or "") if isinstance(said, Mapping) else ""
+        kind = str(said.get("content-type") or "") if isinstance(said, dict) else ""
         form = ""
-        if isinstance(given, bytes | bytearray):
-            body: bytes = given  # type: ignore[assignment]
+        if isinstance(given, _BYTES):
+            body: bytes | bytearray = given
         elif isinstance(given, str):
             body, form = given.encode("utf-8", "surrogatepass"), "text"
         else:

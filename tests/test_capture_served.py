@@ -12,6 +12,7 @@ import uuid
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ import yaml
 
 from handlers import spool
 from handlers.capture import chosen
+from marwright.errors import ServerRefused
 from marwright.learning.tables import Serving
-from marwright.packing import archive
+from marwright.packing import archive, container, golden, records
 from marwright.release import proof, shadow
 from marwright.release.answers import Answer
 from marwright.release.client import Client
@@ -31,6 +33,7 @@ from marwright.release.server import Expected
 from tests import archives as built_archives
 from tests import torchserve, zoo
 from tests.archives import Built
+from tests.handlers import archives
 from tests.handlers.test_capture import Captured, read
 
 PNG = zoo.encoded(zoo.picture("L", (16, 16)))
@@ -46,7 +49,7 @@ def serving(built: Built, folder: Path, *, capture: str | None, store: Path) -> 
         patch.delenv("MARWRIGHT_CAPTURE", raising=False)
         if capture is not None:
             patch.setenv("MARWRIGHT_CAPTURE", capture)
-        expected = {"digits": Expected(built.record.version)}
+        expected = {"digits": Expected(built.record.version, built.record.workers)}
         with torchserve.home(folder, expected, archives=[built.record.file], store=store) as home:
             home.bring_up()
             yield home
@@ -181,8 +184,6 @@ def test_two_workers_and_full_batches_capture_everything_once(
 def test_the_tools_own_requests_are_not_captured(
     home: torchserve.Home, client: Client, digits: Built, seen: set[str]
 ) -> None:
-    from marwright.packing import golden, records
-
     record = records.record(home.store, "digits", "1.0")
     examples = golden.read(home.store / record.file)
     proof.prove(client, record, examples)
@@ -194,6 +195,35 @@ def test_the_tools_own_requests_are_not_captured(
     client.predict_grpc("digits", {"data": PNG}, capture=False)
     last = client.predict("digits", PNG)
     assert captured(home, seen, 1).keys() == {last.request_id}
+
+
+def test_a_version_from_before_there_was_capture_can_still_be_proven(
+    home: torchserve.Home, client: Client, tmp_path: Path
+) -> None:
+    record = records.record(home.store, "digits", "1.0")
+    container.unpack(home.store / record.file, tmp_path / "old")
+    for name, old, new in (
+        ("handlers/payloads.py", '"explain", "capture"})', '"explain"})'),
+        ("handlers/base.py", '            "capture": self.recorder.share,\n', ""),
+        ("model-config.yaml", "capture: 1.0", "capture: 0.0"),
+        ("MAR-INF/MANIFEST.json", '"modelVersion": "1.0"', '"modelVersion": "0.9"'),
+    ):
+        text = (tmp_path / "old" / name).read_text()
+        assert text.count(old) == 1
+        (tmp_path / "old" / name).write_text(text.replace(old, new))
+    bundle = archives.seal(tmp_path / "old")
+    files = [path for path in (tmp_path / "old").rglob("*") if path.is_file()]
+    container.write(
+        home.store / "digits-0.9.mar", {path.relative_to(tmp_path / "old").as_posix(): path for path in files}
+    )
+    client.register("digits-0.9.mar", initial_workers=2, synchronous=True, timeout=120)
+    try:
+        with pytest.raises(ServerRefused, match="one field"):
+            client.predict_grpc("digits", {"data": PNG}, version="0.9", capture=False)
+        examples = golden.read(home.store / record.file)
+        assert proof.prove(client, replace(record, version="0.9", bundle=bundle), examples).examples == len(examples)
+    finally:
+        client.unregister("digits", "0.9")
 
 
 def test_metrics_say_how_many(home: torchserve.Home, client: Client, seen: set[str]) -> None:
