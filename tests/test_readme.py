@@ -23,6 +23,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 INSTEAD = {
     "make test": "make test PYTEST_ARGS='-q tests/test_imports.py'",  # this is running in the whole suite already
     "make watch": "make watch LOOKS=2",  # it would go on for ever
+    "make demo-loop": ".venv/bin/marwright demo --help",  # tests/test_demo.py runs it
     "make serve RECIPE=images DATA=pictures.zip": "make serve RECIPE=images DATA=pictures.zip EPOCHS=2",
 }
 
@@ -69,6 +70,10 @@ def test_every_command_of_the_readme_works() -> None:
         assert "1.1 answers now (was 1.0)" in said["make release VERSION=1.1"]
         assert "digits 1.0 is loaded" in said["make reconcile"] or "journal" in said["make reconcile"]
         assert "digits 1.2" in said["make retrain NEW=labelled"]
+        assert "TorchServe is running" in said["MARWRIGHT_CAPTURE=1 make serve"]
+        assert "predictions/feedback" in said["make collector"]
+        assert "a turn would not learn" in said["make retrain DRY_RUN=1"]
+        assert "nothing was collected" in said["make feedback"] or "digits" in said["make feedback"]
         assert "Longest pause between two answers" in said["make loadtest MODEL=digits RATE=50 SECONDS=5"]
         assert "digits" in said["make watch"]
         assert "integrated-gradients" in said["make explain IMAGE=cat.png MODEL=digits"]
@@ -80,11 +85,11 @@ def test_every_command_of_the_readme_works() -> None:
 
 def test_make_help_lists_every_target_of_the_readme() -> None:
     said = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True, timeout=30).stdout
-    listed = set(re.findall(r"^  make (\w+) ", said, re.MULTILINE))
+    listed = set(re.findall(r"^  make ([\w-]+) ", said, re.MULTILINE))
     declared = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert declared
     assert listed == set(declared[1].split())
-    assert set(re.findall(r"make ([a-z]+)", " ".join(commands()))) <= listed
+    assert set(re.findall(r"make ([a-z-]+)", " ".join(commands()))) <= listed
 
 
 def test_every_verb_has_a_file_and_help(capsys: pytest.CaptureFixture[str]) -> None:
