@@ -20,17 +20,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from marwright.errors import ServerError
+from marwright.feedback import signals
+from marwright.feedback.drift import Compared, Look
+from marwright.feedback.store import Label, Store
 from marwright.packing.golden import Golden
 from marwright.release import exporter, journal, loading, phases
 from marwright.release.client import Client
 from marwright.release.dashboard import FILE
 from marwright.release.exporter import Collector
 from marwright.release.server import Expected
+from scripts.exporter import All
 from tests import archives, prometheus, torchserve
 from tests.archives import Built
+from tests.feedback import spools
+from tests.feedback.spools import Asked
 from tests.prometheus import Running, Sample
 
 DEPLOY = torchserve.PROJECT / "deploy"
@@ -68,7 +75,7 @@ class Scene:
 def watched(digits: Built, folder: Path) -> Iterator[Scene]:
     """digits 1.0 answers, 1.1 is loaded beside it in the middle of a rollout; both get good and bad requests.
 
-    1.1 explains and 1.0 does not.
+    1.1 explains and 1.0 does not. Requests are captured; the feedback store has what an earlier day left.
     """
     store = folder / "store"
     shutil.copytree(digits.store, store)
@@ -79,7 +86,11 @@ def watched(digits: Built, folder: Path) -> Iterator[Scene]:
         # As a rollout that is under way leaves it.
         begun = {"id": 1, "kind": "rollout", "phase": phases.PHASES["rollout"][0], "step": "begin", "champion": first}
         book.add("digits", second.version, "rollout", **begun)
+    _teach(folder / "feedback", folder / "earlier")
     with contextlib.ExitStack() as stack:
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
+        patch.setenv("MARWRIGHT_SPOOL", str(folder / "feedback" / "spool"))
+        patch.setenv("MARWRIGHT_CAPTURE", "1")
         home = stack.enter_context(
             torchserve.home(
                 folder,
@@ -94,9 +105,26 @@ def watched(digits: Built, folder: Path) -> Iterator[Scene]:
         loading.bring_in(client, second, server=home.server, call_seconds=60, ready_seconds=60)
         stack.enter_context(_traffic(client, digits.golden))
         ended = stack.enter_context(contextlib.ExitStack())
-        url = ended.enter_context(exporter.running(Collector(store, home.server), port=0))
+        feedback = ended.enter_context(signals.watching(folder / "feedback", every=1.0))
+        url = ended.enter_context(exporter.running(All(Collector(store, home.server), feedback), port=0))
         config = configure(folder / "monitoring", home.config.metrics_url, url)
         yield Scene(home, stack.enter_context(prometheus.running(config, data=folder / "data")), client, ended)
+
+
+def _teach(folder: Path, spool: Path) -> None:
+    """Requests to digits 1.0 with labels, most of them right, a look that found drift, and a turn of the loop."""
+    asked = [Asked(f"r{number}", time=time.time() - 100 + number) for number in range(60)]
+    spools.requests(spool, asked)
+    said = [
+        Label(each.id, 0, each.answer() if number % 6 else spools.DIGITS.classes[0], "test", time.time(), f"u{number}")
+        for number, each in enumerate(asked)
+    ]
+    with Store.open(folder) as store:
+        store.ingest(spool)
+        store.add_labels([*said, Label("nobody asked", 0, "3", "test", time.time(), "u")])
+        test = Compared("brightness", "KS", 0.5, 0.001, 0.008, True)
+        store.note("drift", "digits", Look("1.0", 60, 1000, 1.0, 2.0, 0.05, (test,)).to_dict())
+        store.note("turn", "digits", {"phase": "not yet", "steps": []})
 
 
 def configure(folder: Path, metrics_url: str, exporter_url: str) -> Path:

@@ -120,6 +120,9 @@ def test_prometheus_counts_what_was_asked(scene: Scene) -> None:
     _wait(lambda: _value(scene, 'marwright_default_version{model_version="1.0"}') == 1)
     _wait(lambda: _value(scene, 'marwright_journal_version{model_version="1.1"}') == 0)
     _wait(lambda: _value(scene, 'marwright_rollout_phase{model_version="1.1", phase="verified"}') == 1)
+    _wait(lambda: (_value(scene, 'marwright_captured_total{model_version="1.0"}') or 0) > 0)
+    _wait(lambda: _value(scene, 'marwright_live_labels{model_version="1.0"}') == 60)
+    _wait(lambda: _value(scene, "marwright_feedback_unknown_labels") == 1)
 
 
 @pytest.mark.server
