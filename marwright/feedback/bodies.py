@@ -103,11 +103,13 @@ class Bodies:
     def remove(self, digests: Iterable[str]) -> tuple[int, int]:
         """How many files went, and their bytes."""
         count = size = 0
-        for digest in digests:
-            for path in (self.folder / digest[:2]).glob(f"{digest}.*"):
-                size += path.stat().st_size
-                path.unlink()
-                count += 1
+        gone = set(digests)
+        for prefix in sorted({digest[:2] for digest in gone}):
+            for path in (self.folder / prefix).glob("*"):  # each folder is read once
+                if path.stem in gone and _NAME.fullmatch(path.name):
+                    size += path.stat().st_size
+                    path.unlink()
+                    count += 1
         return count, size
 
     def all(self) -> Iterator[str]:
