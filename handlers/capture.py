@@ -162,9 +162,13 @@ class Recorder:
         self._looked = self._tidied = -1e9
 
     def begin(self) -> None:
-        """A worker is ready. Nothing is done, and no folder made, where nothing is captured."""
+        """A worker is about to be ready. Nothing is done, and no folder made, where nothing is captured."""
         if not self.share:
             return
+        try:
+            self._redact.load()
+        except Exception:
+            self._say("redact", f"the redaction hook {self._redact.name} cannot be had: nothing is captured")
         threading.Thread(target=self._run, name="marwright-capture", daemon=True).start()
         ending.before(self.close)
 
@@ -225,10 +229,6 @@ class Recorder:
         self._waiting.append(_Batch(time.time(), kept, outputs, size))
 
     def _run(self) -> None:
-        try:
-            self._redact.load()
-        except Exception:
-            self._say("redact", f"the redaction hook {self._redact.name} cannot be had: nothing is captured")
         while not self._over.wait(_PERIOD):
             self.flush()
             with self._turn:

@@ -343,14 +343,6 @@ def hooks(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
-def begun_with_hook(worker: Capturing) -> None:
-    """Its thread waits for hours: give it the hook now."""
-    recorder = worker.handler.recorder
-    until = time.monotonic() + 20
-    while recorder._redact._function is None and "redact" not in recorder._said and time.monotonic() < until:
-        time.sleep(0.01)
-
-
 def everything(folder: Path) -> bytes:
     return b"".join(path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file())
 
@@ -376,7 +368,6 @@ def test_a_hook_sees_every_body_first_and_what_it_gives_is_kept(capturing: Any, 
 
     hooks.black = black
     worker = capturing(capture_redact="hooks_of_a_test:black")
-    begun_with_hook(worker)
     bmp = zoo.encoded(zoo.picture(), "BMP")
     worker.ask(
         Sent({"body": bytearray(zoo.JPEG)}, {**HTTP, "body": {"content-type": "image/jpeg"}}),
@@ -408,7 +399,6 @@ def test_what_could_not_be_redacted_is_captured_nowhere(
         hooks.odd = odd
     module = "no_such_module_of_a_test" if fault == "no such module" else "hooks_of_a_test"
     worker = capturing(capture_redact=f"{module}:odd")
-    begun_with_hook(worker)
     answers = worker.ask(Sent({"body": PNG}, HTTP), Sent({"body": zoo.PNG}, HTTP), Sent({"body": PNG}, HTTP))
     assert [answer.status for answer in answers] == [200] * 3
     partly = fault in ("raises", "gives text")
