@@ -173,7 +173,7 @@ def test_a_judgement_is_the_same_through_json_and_has_a_row_for_each_check() -> 
 # ------------------------------------------------------------------------------------------------ on real digits
 
 
-@pytest.fixture(scope="module", params=[0, 1], ids=["seed 0", "seed 1"])
+@pytest.fixture(scope="module", params=[1, 3], ids=["seed 1", "seed 3"])
 def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
