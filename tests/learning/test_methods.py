@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,12 +16,12 @@ from torch import Tensor, nn
 
 from handlers import nets
 from marwright.errors import RunError, SettingsError
-from marwright.learning import evaluation, methods, provenance, recipe, training
+from marwright.learning import data, evaluation, methods, provenance, recipe, training
 from marwright.learning.dataset import Dataset, Part
 from marwright.learning.methods import METHODS, Method
 from marwright.learning.recipe import Recipe
 from marwright.runs import Run
-from tests.learning.conftest import RECIPES, tiny
+from tests.learning.conftest import RECIPES, fill, tiny
 
 pytestmark = pytest.mark.usefixtures("plain_reports")
 
@@ -57,26 +58,40 @@ def state(run: Run) -> dict[str, Tensor]:
     return found
 
 
-@pytest.fixture
-def later(tiny_set: Dataset) -> list[int]:
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Dataset:
+    """Three classes."""
+    layout = {f"{part}/{label}": count for part, count in (("train", 10), ("test", 4)) for label in ("a", "b", "c")}
+    folder = fill(tmp_path_factory.mktemp("pictures"), layout)
+    return data.load(tiny(), path=folder, cache=cache, progress=False)
+
+
+@pytest.fixture(scope="module")
+def later(pictures: Dataset) -> list[int]:
     """Rows of the training part that come later: of every class some."""
-    return tiny_set.train.rows.tolist()[::4]
+    return pictures.train.rows.tolist()[::4]
 
 
-@pytest.fixture
-def start(tiny_set: Dataset, later: list[int], tmp_path: Path) -> Run:
-    return training.train(tiny(**BUSY), without(tiny_set, later), tmp_path / "start", progress=False)
+@pytest.fixture(scope="module")
+def start(pictures: Dataset, later: list[int], tmp_path_factory: pytest.TempPathFactory) -> Run:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("marwright.learning.reporting.page", lambda *_: "<!doctype html>")
+        root = tmp_path_factory.mktemp("start")
+        return training.train(tiny(**BUSY), without(pictures, later), root, progress=False)
 
 
-def test_fresh_is_what_the_run_has_not_learned_from(tiny_set: Dataset, start: Run, later: list[int]) -> None:
-    grown = added(tiny_set, later)
+def test_fresh_is_what_the_run_has_not_learned_from(
+    pictures: Dataset, start: Run, later: list[int], tmp_path: Path
+) -> None:
+    grown = added(pictures, later)
     fresh = methods.fresh(grown, start)
     assert grown.train.rows[fresh].tolist() == later
-    assert not len(methods.fresh(without(tiny_set, later), start))
+    assert not len(methods.fresh(without(pictures, later), start))
+    start = Run(shutil.copytree(start.path, tmp_path / start.id))
     split = {**start.json("split.json", made_by="train"), "new": {f"{row:064x}": "a" for row in later}}
     (start.path / "split.json").write_text(json.dumps(split), "utf-8")
-    assert not len(methods.fresh(added(tiny_set, later, lambda row: "a"), start))
-    changed = methods.fresh(added(tiny_set, later, lambda row: "b" if row == later[0] else "a"), start)
+    assert not len(methods.fresh(added(pictures, later, lambda row: "a"), start))
+    changed = methods.fresh(added(pictures, later, lambda row: "b" if row == later[0] else "a"), start)
     assert grown.train.rows[changed].tolist() == later[:1], "another label is something new"
     other = replace(grown, split={**grown.split, "own": "other"})
     assert len(methods.fresh(other, start)) == len(grown.train), "other own data are new, all of them"
@@ -116,8 +131,8 @@ def test_each_example_is_equally_likely_to_be_in_the_reservoir(digits: Dataset) 
 
 
 @pytest.mark.parametrize("name", ["replay", "derpp"])
-def test_every_batch_is_half_new_half_of_the_buffer(name: str, tiny_set: Dataset, start: Run, later: list[int]) -> None:
-    grown = added(tiny_set, later)
+def test_every_batch_is_half_new_half_of_the_buffer(name: str, pictures: Dataset, start: Run, later: list[int]) -> None:
+    grown = added(pictures, later)
     plan = methods.plan(METHODS[name], tiny(**BUSY).training, grown, start)
     assert not set(plan.new.tolist()) & set(plan.buffer.tolist())
     seen: Counter[int] = Counter()
@@ -133,8 +148,8 @@ def test_every_batch_is_half_new_half_of_the_buffer(name: str, tiny_set: Dataset
     assert max(seen.values()) - min(seen.values()) <= plan.training.epochs
 
 
-def test_finetuning_sees_nothing_old(tiny_set: Dataset, start: Run, later: list[int]) -> None:
-    grown = added(tiny_set, later)
+def test_finetuning_sees_nothing_old(pictures: Dataset, start: Run, later: list[int]) -> None:
+    grown = added(pictures, later)
     plan = methods.plan(METHODS["finetune"], tiny().training, grown, start)
     batches = plan.batches(grown.train.inputs, generator=torch.Generator().manual_seed(0))
     assert {int(i) for batch in batches for i in batch.positions} == set(plan.new.tolist())
@@ -161,12 +176,12 @@ def test_a_method_looks_at_no_more_than_its_budget(name: str, share: float, digi
 
 @pytest.mark.parametrize("name", FOLLOWING)
 def test_a_resumed_run_of_each_method_is_one_that_never_stopped(
-    name: str, tiny_set: Dataset, start: Run, later: list[int], tmp_path: Path
+    name: str, pictures: Dataset, start: Run, later: list[int], tmp_path: Path
 ) -> None:
     method = replace(METHODS[name], budget=1.0)
-    chosen, grown = tiny(**BUSY, net=NORMED if name == "head" else {"name": "small_cnn"}), added(tiny_set, later)
+    chosen, grown = tiny(**BUSY, net=NORMED if name == "head" else {"name": "small_cnn"}), added(pictures, later)
     if name == "head":
-        start = training.train(chosen, without(tiny_set, later), tmp_path, progress=False)
+        start = training.train(chosen, without(pictures, later), tmp_path, progress=False)
     whole = training.train(chosen, grown, tmp_path / "whole", start=start, method=method, progress=False)
     assert whole.about["epochs"] >= 3
 
@@ -185,9 +200,9 @@ def test_a_resumed_run_of_each_method_is_one_that_never_stopped(
 
 
 def test_a_run_has_its_name_from_the_method_unless_that_learns_from_everything(
-    tiny_set: Dataset, start: Run, later: list[int], tmp_path: Path
+    pictures: Dataset, start: Run, later: list[int], tmp_path: Path
 ) -> None:
-    grown = added(tiny_set, later)
+    grown = added(pictures, later)
     names = {name: provenance.run_id(tiny(), grown, start, method) for name, method in METHODS.items()}
     assert len(set(names.values())) == len(METHODS)
     assert names["warm"] == provenance.run_id(tiny(), grown, start)
@@ -199,16 +214,16 @@ def test_a_run_has_its_name_from_the_method_unless_that_learns_from_everything(
 
 
 def test_a_frozen_backbone_stays_as_it_was_and_its_norms_too(
-    tiny_set: Dataset, later: list[int], tmp_path: Path
+    pictures: Dataset, later: list[int], tmp_path: Path
 ) -> None:
     chosen = tiny(**BUSY, net=NORMED)
-    start = training.train(chosen, without(tiny_set, later), tmp_path, progress=False)
-    run = training.train(chosen, added(tiny_set, later), tmp_path, start=start, method=METHODS["head"], progress=False)
+    start = training.train(chosen, without(pictures, later), tmp_path, progress=False)
+    run = training.train(chosen, added(pictures, later), tmp_path, start=start, method=METHODS["head"], progress=False)
     before, after = state(start), state(run)
     changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
     assert changed == {"net.fc.weight", "net.fc.bias"}
     graph = training.load_graph(run)
-    scores = evaluation.evaluate(graph, tiny_set.validation, classes=tiny_set.classes)
+    scores = evaluation.evaluate(graph, pictures.validation, classes=pictures.classes)
     curves: Any = run.json("curves.json", made_by="train")
     best = curves[run.about["best_epoch"] - 1]
     assert scores.loss == pytest.approx(best["validation_loss"], rel=1e-4), "embeddings say what the whole net says"
@@ -230,8 +245,8 @@ def test_only_what_the_head_uses_is_left_to_be_trained(name: str, args: dict[str
     assert {name for name, parameter in net.named_parameters() if parameter.requires_grad} == head
 
 
-def test_derpp_adds_the_distance_to_the_starts_logits(tiny_set: Dataset, start: Run, later: list[int]) -> None:
-    chosen, grown = tiny(), added(tiny_set, later)
+def test_derpp_adds_the_distance_to_the_starts_logits(pictures: Dataset, start: Run, later: list[int]) -> None:
+    chosen, grown = tiny(), added(pictures, later)
     trainer = training.Trainer(chosen, grown, start, METHODS["derpp"])
     assert trainer.plan is not None
     (batch, *_) = trainer.plan.batches(grown.train.inputs, generator=torch.Generator().manual_seed(0))
@@ -259,13 +274,11 @@ def test_derpp_adds_the_distance_to_the_starts_logits(tiny_set: Dataset, start: 
     assert moved == pytest.approx((float(plain) + method.alpha * distance) / 2, rel=1e-4)
 
 
-def test_making_a_plan_does_not_change_torchs_own_seed(
-    tiny_set: Dataset, start: Run, later: list[int]
-) -> None:
+def test_making_a_plan_does_not_change_torchs_own_seed(pictures: Dataset, start: Run, later: list[int]) -> None:
     torch.manual_seed(1)
     before = torch.random.get_rng_state()
     for name in FOLLOWING:
-        training.Trainer(tiny(**BUSY), added(tiny_set, later), start, METHODS[name])
+        training.Trainer(tiny(**BUSY), added(pictures, later), start, METHODS[name])
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
@@ -281,21 +294,21 @@ def test_a_regressor_can_go_on_by_every_method(diabetes: Dataset, tmp_path: Path
 
 
 def test_a_method_without_a_start_or_without_anything_new_says_so(
-    tiny_set: Dataset, start: Run, later: list[int], tmp_path: Path
+    pictures: Dataset, start: Run, later: list[int], tmp_path: Path
 ) -> None:
     for name in FOLLOWING:
         with pytest.raises(RunError, match=f"method {name} goes on from a run, and there is none") as caught:
-            training.train(tiny(), tiny_set, tmp_path, method=METHODS[name], progress=False)
+            training.train(tiny(), pictures, tmp_path, method=METHODS[name], progress=False)
         assert "scratch" in caught.value.hint
         with pytest.raises(RunError, match=f"nothing that run {start.id} has not learned from") as caught:
             training.train(
-                tiny(), without(tiny_set, later), tmp_path, start=start, method=METHODS[name], progress=False
+                tiny(), without(pictures, later), tmp_path, start=start, method=METHODS[name], progress=False
             )
         assert "warm or scratch" in caught.value.hint
     assert not list(tmp_path.glob("tiny-*"))
     with pytest.raises(RunError, match="cannot start from run"):
         training.train(
-            tiny(net=NORMED), added(tiny_set, later), tmp_path, start=start, method=METHODS["replay"], progress=False
+            tiny(net=NORMED), added(pictures, later), tmp_path, start=start, method=METHODS["replay"], progress=False
         )
 
 
@@ -307,9 +320,11 @@ def test_a_name_that_is_no_method_is_told_which_there_are() -> None:
 
 
 @pytest.fixture(scope="module")
-def two_halves(digits: Dataset, tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, Dataset, Run]:
-    """Digits 0 to 4, learned; and 5 to 9, which come later."""
-    chosen = recipe.load("digits", recipes_dir=RECIPES, overrides={"epochs": 4, "batch_size": 32})
+def two_halves(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, Dataset, Run]:
+    """Digits 0 to 4, learned; and 5 to 9, which come later. At their own 8×8, which is quick."""
+    smaller = {"data.height": 8, "data.width": 8, "epochs": 10, "batch_size": 32, "lr": 0.002}
+    chosen = recipe.load("digits", recipes_dir=RECIPES, overrides=smaller)
+    digits = data.load(chosen, cache=cache, progress=False)
     part = digits.train
     later = part.rows[part.targets >= 5].tolist()
     known = digits.validation.targets < 5
@@ -317,8 +332,10 @@ def two_halves(digits: Dataset, tmp_path_factory: pytest.TempPathFactory) -> tup
         without(digits, later),
         validation=Part("validation", part.inputs, digits.validation.rows[known], digits.validation.targets[known]),
     )
-    root = tmp_path_factory.mktemp("halves")
-    return chosen, added(digits, later), training.train(chosen, before, root, progress=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("marwright.learning.reporting.page", lambda *_: "<!doctype html>")
+        root = tmp_path_factory.mktemp("halves")
+        return chosen, added(digits, later), training.train(chosen, before, root, progress=False)
 
 
 def accuracy(run: Run, dataset: Dataset, *, first: bool) -> float:
