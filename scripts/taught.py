@@ -107,8 +107,13 @@ def examples(fed: Fed | None, chosen: Recipe) -> Examples | None:
 
 
 def apart(fed: Fed | None, chosen: Recipe, dataset: Dataset) -> Fed | None:
-    """Without the pictures that the judge may not use, now that the data are there."""
-    return None if fed is None else replace(fed, selection=selection.apart(fed.selection, chosen, dataset))
+    """With what is really learned from, now that the data are there, and without the pictures that the judge may not
+    use."""
+    if fed is None:
+        return None
+    joined = dataset.split["new"]
+    learn = tuple(each for each in fed.selection.learn if each.digest in joined)
+    return replace(fed, selection=selection.apart(replace(fed.selection, learn=learn), chosen, dataset))
 
 
 def facts(champion: Champion, news: Difference, fed: Fed | None) -> Facts:
