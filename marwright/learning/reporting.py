@@ -153,6 +153,7 @@ def _facts(made: report.Report, about: dict[str, Any], recipe: Recipe) -> None:
             ("examples", parts),
             ("newly labelled", str(about["new_examples"])),
             ("started from", about["start"]["run"] if about["start"] else "random weights"),
+            ("method", about["method"]),
             ("seed", str(about["seed"])),
             ("data", about["data_digest"]),
             ("recipe", about["recipe_digest"]),
