@@ -209,8 +209,8 @@ class Soak:
             self.over.wait(1.0)
 
     def kill(self) -> None:
-        while not self.calm.wait(self.random.uniform(8.0, 30.0)):
-            what = self.random.choices(("tool", "worker", "server"), (5, 3, 1))[0]
+        while not self.calm.wait(self.random.uniform(12.0, 45.0)):
+            what = self.random.choices(("tool", "worker", "server"), (4, 3, 2))[0]
             server = Server(self.places.serving, home=self.places.home)
             found = server.find()
             tool = self.tool
