@@ -18,6 +18,7 @@ A frame is `MWF1`, the lengths of its header and of its payload, the CRC-32 of b
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import itertools
 import json
@@ -36,6 +37,7 @@ SUFFIX = ".seg"
 _PREFIX = struct.Struct("<4sIII")
 _LARGEST = 2**30
 """Bytes of one frame: a larger length is damage."""
+_TRIES = 5
 _numbers = itertools.count()
 
 
@@ -67,7 +69,7 @@ class Writer:
         self._seconds = segment_seconds
         self._file: BufferedWriter | None = None
         self._begun = 0.0
-        self._written = 0
+        self._written = self._empty = 0
 
     @property
     def open(self) -> bool:
@@ -115,20 +117,34 @@ class Writer:
 
     def _begin(self) -> BufferedWriter:
         self.folder.mkdir(parents=True, exist_ok=True)
+        for _ in range(_TRIES):
+            file = self._made()
+            if file is not None:
+                return file
+        raise BlockingIOError(errno.EAGAIN, "others take the segment before it is begun", str(self.folder))
+
+    def _made(self) -> BufferedWriter | None:
+        """A segment with its head; None where `finished` came before its lock and took it for a dead writer's."""
         name = f".{self.kind}-{time.time_ns()}-{os.getpid()}-{next(_numbers)}{SUFFIX}.open"
         file = (self.folder / name).open("xb")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(file.fileno()).st_nlink == 0:
+                file.close()
+                return None
             head = encode(self._head)
             file.write(head)
             file.flush()
-        except OSError:
+        except OSError as error:
             with contextlib.suppress(OSError):
                 file.close()
             with contextlib.suppress(OSError):
                 (self.folder / name).unlink()
+            if isinstance(error, BlockingIOError):
+                return None
             raise
-        self._file, self._begun, self._written = file, time.monotonic(), len(head)
+        self._file, self._begun = file, time.monotonic()
+        self._written = self._empty = len(head)
         return file
 
     def _cut(self, file: BufferedWriter) -> None:
@@ -137,6 +153,9 @@ class Writer:
         with contextlib.suppress(OSError, ValueError):
             file.close()  # may try to flush again
         with contextlib.suppress(OSError):
+            if self._written == self._empty:  # nothing but its head: a full disk would be filled with such
+                Path(file.name).unlink()
+                return
             os.truncate(file.name, self._written)
             _rename(Path(file.name))
 

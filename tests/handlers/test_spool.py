@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -142,3 +144,56 @@ def test_a_spool_that_was_removed_under_its_writer_is_made_again(tmp_path: Path)
     writer.close()
     (path,) = spool.finished(tmp_path / "spool")
     assert [frame.header for frame in spool.frames(path)] == [{}, {"n": 2}]
+
+
+def test_what_is_taken_over_before_its_lock_is_begun_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever looks between the making of a file and its lock takes it for a dead writer's, and removes it."""
+    lock, looked = fcntl.flock, []
+
+    def late(file: Any, how: int) -> None:
+        if not looked:
+            looked.append(how)
+            assert spool.finished(tmp_path) == []
+        lock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    writer = spool.Writer(tmp_path, "labels", {})
+    writer.append({"n": 1}, sync=True)
+    writer.append({"n": 2}, sync=True)
+    writer.close()
+    assert looked
+    (path,) = spool.finished(tmp_path)
+    assert [frame.header for frame in spool.frames(path)] == [{}, {"n": 1}, {"n": 2}]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_whoever_holds_every_new_segment_is_an_oserror(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def taken(file: Any, how: int) -> None:
+        raise BlockingIOError
+
+    monkeypatch.setattr(fcntl, "flock", taken)
+    with pytest.raises(OSError, match="others take"):
+        spool.Writer(tmp_path, "labels", {}).append({"n": 1})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_not_filled_with_segments_of_nothing(tmp_path: Path) -> None:
+    """Each head still fits, and no frame does."""
+    code = """if True:
+        import resource, signal, sys
+        from pathlib import Path
+        from handlers import spool
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        writer = spool.Writer(Path(sys.argv[1]), "requests", {"spec": "x" * 2000})
+        resource.setrlimit(resource.RLIMIT_FSIZE, (3000, resource.RLIM_INFINITY))
+        refused = 0
+        for number in range(20):
+            try:
+                writer.append({"n": number}, bytes(5000))
+            except OSError:
+                refused += 1
+        print(refused)
+    """
+    said = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert said.stdout == "20\n"
+    assert list(tmp_path.iterdir()) == []
