@@ -230,7 +230,7 @@ class Recorder:
 
     def _run(self) -> None:
         while not self._over.wait(_PERIOD):
-            self.flush()
+            self._safely(self.flush)
             with self._turn:
                 if self._over.is_set():
                     return
@@ -250,6 +250,8 @@ class Recorder:
                 count, size = count + len(group[-1].requests), size + group[-1].bytes
             try:
                 self._write(group)
+            except Exception:  # whatever that was, the thread lives on
+                self._drop(count, "failed", "requests could not be captured")
             finally:
                 self._taken += sum(one.bytes for one in group)
 

@@ -457,6 +457,20 @@ def test_a_disk_that_hangs_costs_captures_and_no_answer(
     assert len([record for record in caplog.records if "slower" in record.getMessage()]) == 1
 
 
+def test_a_batch_that_nobody_understands_costs_itself_alone(capturing: Any, caplog: pytest.LogCaptureFixture) -> None:
+    worker = capturing()
+    recorder = worker.handler.recorder
+    worker.ask(Sent({"body": PNG}, HTTP))
+    recorder._waiting[0] = recorder._waiting[0]._replace(outputs={})
+    worker.ask(Sent({"body": PNG}, HTTP))
+    recorder._waiting[1] = recorder._waiting[1]._replace(time=recorder._waiting[0].time + 60)  # a frame of its own
+    recorder.flush()
+    assert recorder._put == recorder._taken
+    assert len(worker.read()) == 1
+    assert worker.counts == {"failed": 1, "": 1}
+    assert "could not be captured" in caplog.text
+
+
 def test_an_end_does_not_wait_for_a_disk_that_hangs(capturing: Any) -> None:
     worker = capturing()
     recorder = worker.handler.recorder
