@@ -1,7 +1,7 @@
 """Example files, named by their content: `bodies/ab/<sha256>.png`. Whoever sent the same picture shares the file.
 
 A file has its name when it is whole. It is not forced to the disk by itself (4 ms each, measured): after a power cut
-one may be short, which its name tells, and whoever learns leaves out what cannot be read.
+one may be short, which its name tells: whoever learns leaves it out, and the same picture, sent again, mends it.
 """
 
 from __future__ import annotations
@@ -71,10 +71,11 @@ class Bodies:
         return self.folder / digest[:2] / f"{digest}{suffix}"
 
     def write(self, file: File) -> None:
-        """Harmless where it is there."""
+        """Harmless where it is there; a short one, as a power cut leaves it, is made whole."""
         path = self.path(file.digest, file.suffix)
-        if path.exists():
-            return
+        with contextlib.suppress(FileNotFoundError):
+            if path.stat().st_size == len(file.data):
+                return
         part = path.with_name(f".{path.name}.{os.getpid()}.part")
         try:
             stream = part.open("wb")
@@ -85,6 +86,9 @@ class Bodies:
             with stream:
                 stream.write(file.data)
             part.replace(path)
+        except OSError as error:  # what writing raises names no file
+            part.unlink(missing_ok=True)
+            raise OSError(error.errno, error.strerror, str(path)) from None
         except BaseException:
             part.unlink(missing_ok=True)
             raise

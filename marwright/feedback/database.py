@@ -33,8 +33,10 @@ SOCKET_SECONDS = 120.0
 """Longest silence of a PostgreSQL."""
 CHUNK = 500
 """Values of one `in (…)`, and rows of one insert: below every driver's limit."""
-_CREATION = 5_033_164_721
-"""Key of the PostgreSQL lock under which tables are made."""
+_INCREMENTAL = 2
+_TURN = 5_033_164_721
+"""Key of the PostgreSQL lock that a writer holds: what is forgotten while another server ingests stays forgotten, and
+two that store the same labels do not wait for each other in turns."""
 
 Row = dict[str, Any]
 
@@ -92,14 +94,22 @@ class Database:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[sa.Connection]:
-        """A transaction; rolled back on any error."""
-        with self.told(), self._engine.connect().execution_options(writes=True) as connection, connection.begin():
+        """A transaction; rolled back on any error. One writer at a time, in either database."""
+        with (
+            self.told(ours=False),
+            self._engine.connect().execution_options(writes=True) as connection,
+            connection.begin(),
+        ):
+            if not self.sqlite:
+                connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_TURN)))
             yield connection
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[sa.Connection]:
         """One view of the data, however long it is looked at."""
         with self.told(), self._engine.connect() as connection, connection.begin():
+            if not self.sqlite:
+                connection.exec_driver_sql("set transaction isolation level repeatable read, read only")
             yield connection
 
     def insert(self, connection: sa.Connection, table: sa.Table, rows: Sequence[Row]) -> None:
@@ -119,11 +129,16 @@ class Database:
                     connection.exec_driver_sql(f"vacuum {'full ' if whole else ''}{table.name}")
 
     @contextlib.contextmanager
-    def told(self) -> Iterator[None]:
-        """Trouble with the database, said in our words: SQLAlchemy's have the statement, its values, and a link."""
+    def told(self, *, ours: bool = True) -> Iterator[None]:
+        """Trouble with the database, said in our words: SQLAlchemy's have the statement, its values, and a link.
+
+        Not `ours`: a file that an OSError names is none of the database's, and somebody else speaks of it.
+        """
         try:
             yield
         except (SQLAlchemyError, OSError) as error:
+            if not ours and isinstance(error, OSError) and error.filename is not None:
+                raise
             why = getattr(error, "orig", None) or error
             words = why.args[0].get("M", why) if why.args and isinstance(why.args[0], dict) else why
             raise DataError(
@@ -135,14 +150,13 @@ class Database:
 
     def _check(self) -> None:
         """Make the tables where there are none; refuse those of a newer version."""
-        with self._engine.connect() as connection:
+        with self.reading() as connection:
             there = sa.inspect(connection).has_table(tables.meta.name)
-        with self.writing() as connection:
-            if not there:
-                if not self.sqlite:  # SQLite's transaction locks all by itself
-                    connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_CREATION)))
+        if not there:
+            with self.writing() as connection:
                 tables.metadata.create_all(connection)
                 self.insert(connection, tables.meta, [{"name": "schema", "value": str(tables.SCHEMA)}])
+        with self.reading() as connection:
             schema = int(connection.scalar(sa.select(tables.meta.c.value).filter_by(name="schema")) or 0)
         if schema > tables.SCHEMA:
             raise DataError(
@@ -225,8 +239,9 @@ def _engine(address: URL) -> sa.Engine:
 
 def _prepared(connection: Any, record: object) -> None:
     connection.isolation_level = None  # begun by `_begun`
+    if connection.execute("pragma auto_vacuum").fetchone()[0] != _INCREMENTAL:  # to say it takes a writer's turn
+        connection.execute(f"pragma auto_vacuum = {_INCREMENTAL}")  # heeded before the first table alone
     for statement in (
-        "pragma auto_vacuum = incremental",  # heeded before the first table alone
         "pragma journal_mode = wal",
         "pragma synchronous = full",  # labels were promised to their senders
         "pragma foreign_keys = on",

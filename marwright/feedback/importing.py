@@ -15,6 +15,7 @@ import hashlib
 import io
 import math
 import re
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -160,7 +161,7 @@ def _store(
             _insert(place, connection, answerer, list(fresh.values()))
         count["pictures"] += len(fresh)
         said = [_said(one) for one in read]
-        added = labelling.add(place.database, connection, said, received=max(label.time for label in said))
+        added = labelling.add(place.database, connection, said, received=time.time())
     for name in ("labels", "repeated", "unknown", "invalid", "forgotten"):
         count[name] += getattr(added, name)
     return bad

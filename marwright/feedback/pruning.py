@@ -25,15 +25,20 @@ def prune(place: Place, spool: Path, *, days: float, unlabelled_days: float | No
             raise SettingsError(f"{name} is {value:g}", hint="a positive number of days")
     now = time.time() if now is None else now
     old = now - days * DAY
-    request, label = tables.requests.c, tables.labels.c
+    request, label, answerer = tables.requests.c, tables.labels.c, tables.answerers.c
     is_labelled = sa.exists().where(label.request == request.id)
-    requests, labels = _requests(place, request.time < old)
+    # A labelled picture is as old as what was said of it: its file may be from long before it was given to us.
+    answered = sa.exists().where(answerer.id == request.answerer, answerer.version != "")
+    lately = sa.exists().where(label.request == request.id, label.received >= old)
+    requests, labels = _requests(place, sa.and_(request.time < old, sa.or_(answered, ~lately)))
     if unlabelled_days is not None and unlabelled_days < days:
         more, none = _requests(place, sa.and_(request.time < now - unlabelled_days * DAY, ~is_labelled))
         requests, labels = requests + more, labels + none
     with place.database.writing() as connection:
         there = sa.exists().where(request.id == label.request)
         gone = connection.execute(sa.delete(tables.labels).where(label.received < old, ~there)).rowcount
+        asked = sa.exists().where(request.answerer == answerer.id)
+        connection.execute(sa.delete(tables.answerers).where(~asked))
         connection.execute(sa.delete(tables.notes).where(tables.notes.c.time < old))
         connection.execute(sa.delete(tables.segments).where(tables.segments.c.time < old))
     bodies, size = _bodies(place)

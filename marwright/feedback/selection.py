@@ -89,7 +89,8 @@ def select(
 def examples(selection: Selection, recipe: Recipe) -> Examples:
     """What is learned from, as `data.load(feedback=…)` takes it; its validation examples are chosen by content.
 
-    A body raises `DataError` if its file is no longer what was hashed.
+    A body raises `DataError` if its file has gone, and `BadRequest`, as for what is no picture, if it is not what was
+    hashed: a power cut leaves such.
     """
     index = {label: i for i, label in enumerate(selection.classes)}
     chosen = selection.learn
@@ -117,7 +118,7 @@ def arrays(
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """Pictures as a worker sees them (uint8 N×C×H×W), and indices of their labels (N).
 
-    What cannot be read is left out. `DataError` where a file is no longer what was hashed.
+    What cannot be read is left out. `DataError` where a file has gone.
     """
     index = {label: i for i, label in enumerate(classes)}
     decoded, labels = [], []
@@ -270,11 +271,11 @@ def _body(one: Labelled) -> Body:
     try:
         data = path.read_bytes()
     except OSError:
-        data = b""
-    if hashlib.sha256(data).hexdigest() != one.digest:
         raise DataError(
-            f"{path} changed or went while it was used", hint="the next turn reads the feedback store again"
-        )
+            "a picture of the feedback store went while it was used", hint="the next turn reads the store again"
+        ) from None
+    if hashlib.sha256(data).hexdigest() != one.digest:
+        raise BadRequest(400, "the file is no longer what was hashed")
     return Body(data, path.suffix)
 
 

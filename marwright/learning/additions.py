@@ -194,15 +194,15 @@ def _kept(
             twice += len(members) - 1
     notes = []
     if unreadable:
-        notes.append(f"{len(unreadable)} new files cannot be read as pictures: {_some(found, unreadable)}")
+        notes.append(f"{len(unreadable)} new files cannot be read as pictures{_some(found, unreadable)}")
     if known:
         notes.append(f"{known} new examples were in the recipe's data already")
     if twice:
         notes.append(f"{twice} new examples were there more than once")
     if against:
-        notes.append(f"{len(against)} new examples contradict the recipe's data, left out: {_some(found, against)}")
+        notes.append(f"{len(against)} new examples contradict the recipe's data, left out{_some(found, against)}")
     if disputed:
-        notes.append(f"{len(disputed)} new examples have more than one label, left out: {_some(found, disputed)}")
+        notes.append(f"{len(disputed)} new examples have more than one label, left out{_some(found, disputed)}")
     return kept, notes
 
 
@@ -222,5 +222,6 @@ def _seen(picture: Tensor) -> bytes:
 
 
 def _some(found: Examples, chosen: Iterable[int]) -> str:
-    names = sorted(found.names[i] for i in chosen)
-    return ", ".join(names[:NAMED]) + (", …" if len(names) > NAMED else "")
+    """Of a folder. Production's have hashes for names, which `marwright feedback forget` would not find in a report."""
+    names = sorted(found.names[i] for i in chosen if not found.parts[i])
+    return (f": {', '.join(names[:NAMED])}" if names else "") + (", …" if len(names) > NAMED else "")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -220,3 +221,14 @@ def test_who_learned_from_what_is_forgotten_is_said(
     shown = capsys.readouterr().out
     assert f"learned from it: {digits.record.run} (in digits 1.0)" in shown
     assert "--method scratch" in shown
+
+
+def test_a_picture_from_long_ago_is_kept_from_when_it_was_labelled(store: Store, tmp_path: Path) -> None:
+    pictures(tmp_path / "sorted")
+    for path in (tmp_path / "sorted").rglob("*.png"):
+        os.utime(path, (1e9, 1e9))
+    add(store, tmp_path / "sorted")
+    assert store.prune(days=365, unlabelled_days=30).requests == 0
+    assert {each.time for each in store.labelled("digits")} == {1e9}
+    later = store.prune(days=365, unlabelled_days=30, now=time.time() + 366 * 86_400)
+    assert (later.requests, later.labels, later.bodies) == (5, 5, 5)
