@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from marwright import cli, files
-from marwright.errors import MarwrightError, RolledBack
+from marwright.errors import MarwrightError, RolledBack, SettingsError
 from marwright.feedback import story
 from marwright.feedback.story import Event, Hit
 from marwright.learning import corruptions
@@ -47,6 +47,8 @@ from scripts import collector, retrain, serve, stop
 
 SETTINGS = DemoSettings
 MODEL = "digits"
+MARK = ".demonstration"
+"""In a folder that may be emptied."""
 OWN, ORDINARY, DRIFTED = 900, 160, 450
 """Digits: learned before; asked as they are; asked darker and noisy. The rest is asked, darker and noisy too, and never
 labelled."""
@@ -297,11 +299,16 @@ def _shown(
 @contextlib.contextmanager
 def places(folder: Path) -> Iterator[Places]:
     """A house of its own in `folder`, emptied first: configuration on free ports, a recipe, a policy, capture at 100 %.
+    SettingsError where the folder holds what no demonstration has made.
 
     Servers that are started inside have a temp folder of their own, so that no other one is mistaken for them.
     """
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / MARK).exists():
+        raise SettingsError(f"{folder} holds something else", hint="name another --folder, or remove it yourself")
     shutil.rmtree(folder, ignore_errors=True)
-    (folder / "recipes").mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    files.write_text(folder / MARK, "made by a demonstration, and emptied by the next\n")
+    (folder / "recipes").mkdir()
     values = properties.read(Path("config.properties"))
     values |= dict(zip(PORTS, _free(len(PORTS)), strict=True))
     files.write_text(folder / "config.properties", "".join(f"{key}={value}\n" for key, value in values.items()))

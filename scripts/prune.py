@@ -20,7 +20,7 @@ def main(settings: PruneSettings) -> int:
     with taught.opened(settings) as store:
         if store is not None:
             limits = policy.load(settings.policy, "").keep
-            store.prune(days=limits.days, unlabelled_days=limits.unlabelled_days)
+            store.prune(days=limits.days, unlabelled_days=limits.unlabelled_days, spool=settings.spool)
     print(json.dumps(lines) if settings.json else "\n".join(lines) or "nothing to remove")
     return 0
 

@@ -114,14 +114,14 @@ def retrained(settings: RetrainSettings, *, say: Say = lambda step: None) -> Out
         examples = _examples(settings, chosen, fed, say)
         fed = taught.apart(fed, chosen, examples)
         news = _news(settings, examples, champion, say)
-        if phase := _decided(limits, champion, news, fed, say):
+        if phase := _decided(limits, champion, news, fed, examples, say):
             return Outcome(chosen.name, phase, champion.record.version if champion else None)
         method, start = _method(settings, limits, chosen, examples, champion, say)
         run = _trained(settings, chosen, examples, start, method, say)
         judged = taught.judged(limits, champion, run, fed, say)
         outcome = Outcome(chosen.name, "", champion.record.version if champion else None, run.id, news.added)
         if judged is not None and judged.outcome != "pass":
-            return replace(outcome, phase=taught.stopped(settings, chosen.name, run, judged, fed))
+            return replace(outcome, phase=taught.stopped(settings, champion, run, examples, judged, fed))
         artifact = exporting.export(run, chosen.serving.format)
         record, built, _ = archive.stored(settings, chosen, run, artifact, behind_gate=True)
         say(f"built {record.file}" if built else f"{record.file} was built before")
@@ -129,9 +129,11 @@ def retrained(settings: RetrainSettings, *, say: Say = lambda step: None) -> Out
             try:
                 phase = _released(settings, record, champion, holdout, say)
             except RolledBack:
-                if fed is not None and _tried(settings, record):
-                    fed.store.note("refused", chosen.name, {"run": run.id, "by": "gate"})
+                if fed is not None and champion is not None and _tried(settings, record):
+                    taught.refused(fed, champion, run, examples, by="gate")
                 raise
+        if phase == "refused before" and fed is not None and champion is not None:
+            taught.refused(fed, champion, run, examples, by="gate")
         return replace(outcome, version=record.version, phase=phase)
 
 
@@ -194,13 +196,15 @@ def _finish_what_was_interrupted(settings: RetrainSettings, model: str, say: Say
 def _champion(settings: RetrainSettings, model: str, say: Say) -> Champion | None:
     with journal.open(settings.store) as book:
         released = book.released(model)
+        back = any(entry.detail.get("back") for entry in book.entries(model, event="released")[-1:])
     if released is None:
         return None
     record = records.record(settings.store, model, released.version)
     run = Run(settings.runs / record.run)
     if not run.finished:
         say(f"{run.path}, of which {record.version} was made, is gone")
-    return Champion(record, run if run.finished else None, datetime.fromisoformat(released.at).timestamp())
+    preferred = back and not released.why.startswith("rolled back from")  # that was the gate, or a fault
+    return Champion(record, run if run.finished else None, datetime.fromisoformat(released.at).timestamp(), preferred)
 
 
 def _examples(settings: RetrainSettings, chosen: Recipe, fed: Fed | None, say: Say) -> Dataset:
@@ -235,15 +239,22 @@ def _news(settings: RetrainSettings, examples: Dataset, champion: Champion | Non
     return found
 
 
-def _decided(limits: Policy, champion: Champion | None, news: Difference, fed: Fed | None, say: Say) -> str:
+def _decided(
+    limits: Policy, champion: Champion | None, news: Difference, fed: Fed | None, examples: Dataset, say: Say
+) -> str:
     """Whether to learn now: empty, or the phase that the turn ends with."""
     if champion is None:
         return ""
     if news.nothing and not (fed and fed.selection.fresh):
         return "nothing new"
-    decision = trigger.should_retrain(taught.facts(champion, news, fed), limits.trigger)
+    facts = taught.facts(champion, news, fed, examples)
+    decision = trigger.should_retrain(facts, limits.trigger)
     for sentence in (*decision.reasons, *decision.waiting) if fed else ():
         say(sentence)
+    least = limits.judge.min_examples
+    if decision.retrain and fed and not (facts.own or facts.folder) and len(fed.selection.judge) < least:
+        say(f"{len(fed.selection.judge)} of the latest labelled answers would judge, and {least} are needed")
+        return "not yet"
     if decision.retrain:
         return ""
     say(f"{decision.signals.labels} new labelled examples of {limits.trigger.min_labels}")
@@ -266,6 +277,9 @@ def _method(
     if reason := graphs.misfit(chosen, examples, champion.run):
         say(f"from scratch, as {champion.run.id} cannot be the start: {reason}")
         return None, None
+    if name != "warm" and not len(methods.fresh(examples, champion.run)):
+        say(f"by warm, not {name}: nothing of what is new is in the training part")
+        name = "warm"
     say(f"from the weights of {champion.run.id}" + ("" if name == "warm" else f" by {name}"))
     return (None if name == "warm" else methods.named(name)), champion.run
 

@@ -8,12 +8,15 @@ with taught.opened(places) as store:
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -39,6 +42,10 @@ from scripts import drift
 
 Say = Callable[[str], None]
 
+REFUSED = "refused"
+LAST = 30
+"""Turns in vain that are looked back at."""
+
 
 @dataclass(frozen=True)
 class Champion:
@@ -48,11 +55,27 @@ class Champion:
     run: Run | None
     released_at: float
     """Unix seconds."""
+    preferred: bool = False
+    """Somebody went back to it, although there was another."""
 
-    @property
-    def learned(self) -> frozenset[str]:
-        """Digests of the newly labelled examples that it has learned from."""
-        return frozenset(self.run.json("split.json", made_by="train").get("new", {})) if self.run else frozenset()
+    @cached_property
+    def learned(self) -> Mapping[str, str]:
+        """Labels of the newly labelled examples that it has learned from, by their digests."""
+        return dict(self.run.json("split.json", made_by="train").get("new", {})) if self.run else {}
+
+
+@dataclass(frozen=True)
+class Tried:
+    """The last time that something was learned from the champion in vain."""
+
+    at: float
+    """When its labels were taken in, Unix seconds."""
+    labels: int | None = None
+    """How many were new then."""
+    own: str = ""
+    """What the recipe's own data, and the folder of new examples, were."""
+    folder: str = ""
+    times: int = 0
 
 
 @dataclass(frozen=True)
@@ -64,8 +87,9 @@ class Fed:
     selection: Selection
     looks: list[Look]
     """At the champion's requests, newest first."""
-    refused_at: float
-    """Unix seconds; when labels were last learned from in vain."""
+    began: float
+    """When the labels were taken in, Unix seconds."""
+    tried: Tried | None = None
 
 
 @contextlib.contextmanager
@@ -80,12 +104,13 @@ def opened(places: Places) -> Iterator[Store | None]:
 
 def ingested(places: Places, chosen: Recipe, limits: Policy, store: Store, champion: Champion, say: Say) -> Fed:
     """Take in what the workers left, look for drift, and choose what is learned from and what judges."""
+    began = time.time()
     taken = store.ingest(places.spool)
     if taken.requests or taken.labels or taken.damaged:
         say(f"{taken.requests} requests and {taken.labels} labels taken in")
     if taken.unknown:
         say(f"{taken.unknown} labels are of requests that nobody captured")
-    store.prune(days=limits.keep.days, unlabelled_days=limits.keep.unlabelled_days)
+    store.prune(days=limits.keep.days, unlabelled_days=limits.keep.unlabelled_days, spool=places.spool)
     looks = drift.looked(places, store, champion.record, limits.trigger)
     if looks and looks[0].drifted:
         say(f"drift: {', '.join(test.name for test in looks[0].tests if test.drifted)}")
@@ -94,9 +119,60 @@ def ingested(places: Places, chosen: Recipe, limits: Policy, store: Store, champ
     picked = selection.select(labelled, limits.learn, classes=classes, learned=champion.learned)
     for note in picked.notes:
         say(note)
-    refused = [note for note in store.notes("refused", chosen.name) if note["run"] != champion.record.run]
-    since = max((float(note["time"]) for note in refused), default=0.0)
-    return Fed(store, labelled, picked, looks, since)
+    return Fed(store, labelled, picked, looks, began, _tried(store, chosen.name, champion))
+
+
+def _tried(store: Store, model: str, champion: Champion) -> Tried | None:
+    notes = [note for note in store.notes(REFUSED, model, last=LAST) if note.get("champion") == champion.record.run]
+    found = None
+    if notes:
+        last = notes[0]
+        times = len({note["run"] for note in notes})
+        found = Tried(last["began"], last["labels"], last["own"], last["folder"], times)
+    if champion.preferred and (found is None or found.at < champion.released_at):
+        # What was known then led to a version that was not wanted.
+        return Tried(champion.released_at, times=1)
+    return found
+
+
+def refused(
+    fed: Fed,
+    champion: Champion,
+    run: Run,
+    dataset: Dataset,
+    *,
+    by: Literal["judge", "gate"],
+    judgement: Judgement | None = None,
+) -> None:
+    """Remember that this was in vain: the same labels, the same folder, the same data are no reason again."""
+    fed.store.note(
+        REFUSED,
+        champion.record.model,
+        {
+            "run": run.id,
+            "champion": champion.record.run,
+            "by": by,
+            "began": fed.began,
+            "labels": len(_new(champion, fed)),
+            "own": str(dataset.split["own"]),
+            "folder": _folder(champion, fed, dataset),
+            **({"judgement": judgement.to_dict()} if judgement else {}),
+        },
+    )
+
+
+def _new(champion: Champion, fed: Fed) -> list[Labelled]:
+    """What the champion has not learned from, or with another label."""
+    again = [each for each in fed.selection.learn if champion.learned.get(each.digest, each.label) != each.label]
+    return [*fed.selection.fresh, *again]
+
+
+def _folder(champion: Champion, fed: Fed, dataset: Dataset) -> str:
+    """Digest of the new examples that are not from the store and that the champion has not learned from; "" of none."""
+    ours = {each.digest for each in fed.selection.learn}
+    given = dataset.split["new"].items() - champion.learned.items()
+    lines = sorted(f"{digest} {label}" for digest, label in given if digest not in ours)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest() if lines else ""
 
 
 def examples(fed: Fed | None, chosen: Recipe) -> Examples | None:
@@ -116,19 +192,33 @@ def apart(fed: Fed | None, chosen: Recipe, dataset: Dataset) -> Fed | None:
     return replace(fed, selection=selection.apart(replace(fed.selection, learn=learn), chosen, dataset))
 
 
-def facts(champion: Champion, news: Difference, fed: Fed | None) -> Facts:
-    """`news` are of the whole data set: what is not from the store is from the folder."""
+def facts(champion: Champion, news: Difference, fed: Fed | None, dataset: Dataset | None = None) -> Facts:
+    """`news` are of the whole data set: what is not from the store is from the folder. What was learned from in vain
+    is no news."""
     if fed is None:
         return Facts(0, news.added, news.own, champion.released_at, time.time())
-    taught = sum(each.digest not in fed.selection.learned for each in fed.selection.learn)
+    new, tried = _new(champion, fed), fed.tried
+    count, folder, own = len(new), 0, news.own
+    if tried is not None:
+        # Late labels may bear any time, and a corrected one makes none more.
+        late = count - tried.labels if tried.labels is not None else 0
+        count = max(late, sum(each.labelled_at > tried.at for each in new))
+    if dataset is not None:
+        taught = sum(champion.learned.get(each.digest) != each.label for each in fed.selection.learn)
+        folder = max(0, news.added - taught)
+        if tried is not None and folder and _folder(champion, fed, dataset) == tried.folder:
+            folder = 0
+        own = own and (tried is None or tried.own != dataset.split["own"])
     return Facts(
-        labels=sum(each.labelled_at > fed.refused_at for each in fed.selection.fresh),
-        folder=max(0, news.added - taught),
-        own=news.own,
+        labels=count,
+        folder=folder,
+        own=own,
         released_at=champion.released_at,
         now=time.time(),
         outcomes=trigger.outcomes(fed.labelled, champion.record.version),
         looks=fed.looks,
+        tried_at=tried.at if tried is not None else None,
+        vain=tried.times if tried is not None else 0,
     )
 
 
@@ -140,17 +230,23 @@ def judged(limits: Policy, champion: Champion | None, run: Run, fed: Fed | None,
     if champion.run is None:
         say(f"nobody judges before the rollout: the run of {champion.record.version} is gone")
         return None
+    if len(fed.selection.judge) < limits.judge.min_examples:
+        say(f"only {len(fed.selection.judge)} labelled answers could judge: the rollout's gate judges alone")
+        return None
     judged = judge.runs(champion.run, run, fed.selection, limits)
     for reason in judged.reasons:
         say(reason)
     return judged
 
 
-def stopped(places: Places, model: str, run: Run, judged: Judgement, fed: Fed | None) -> str:
+def stopped(
+    places: Places, champion: Champion | None, run: Run, dataset: Dataset, judged: Judgement, fed: Fed | None
+) -> str:
     """The phase of a turn whose run the judge did not let pass; RolledBack where it is worse."""
     assert fed is not None
-    known = any(note["run"] == run.id for note in fed.store.notes("refused", model))
-    fed.store.note("refused", model, {"run": run.id, "by": "judge", "judgement": judged.to_dict()})
+    assert champion is not None
+    known = any(note["run"] == run.id for note in fed.store.notes(REFUSED, champion.record.model, last=LAST))
+    refused(fed, champion, run, dataset, by="judge", judgement=judged)
     if not places.json:
         cli.print_table(*judged.table())
     if known:

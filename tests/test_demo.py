@@ -9,7 +9,20 @@ from pathlib import Path
 
 import pytest
 
+from marwright.errors import SettingsError
+from scripts import demo
+
 ROOT = Path(__file__).parent.parent
+
+
+def test_a_folder_that_holds_something_else_is_not_emptied(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work", encoding="utf-8")
+    with pytest.raises(SettingsError, match="holds something else"), demo.places(tmp_path):
+        pass
+    assert (tmp_path / "thesis.tex").exists()
+    for _ in range(2):
+        with demo.places(tmp_path / "demo") as where:
+            where.runs.mkdir()
 
 
 @pytest.mark.server

@@ -41,6 +41,10 @@ class Facts:
     """The champion's labelled answers, right or wrong: see `outcomes`."""
     looks: Sequence[Look] = ()
     """Latest looks at the champion's requests, the newest first."""
+    tried_at: float | None = None
+    """When it was last learned from the champion in vain; `labels` have come since."""
+    vain: int = 0
+    """How often that was."""
 
 
 @dataclass(frozen=True)
@@ -96,12 +100,21 @@ def should_retrain(facts: Facts, policy: TriggerPolicy) -> Decision:
         reasons.append(f"{_examples(facts.folder)} in the folder of new examples")
     if facts.labels >= policy.min_labels:
         reasons.append(f"{_examples(facts.labels)} with a label from production, {policy.min_labels} are reason enough")
-    said = _said(signals, policy, len(facts.outcomes))
-    if facts.labels >= policy.floor:
+    said = _said(signals, policy, facts)
+    needed = floor(facts, policy)
+    if facts.labels >= needed:
         reasons += said
         return Decision(bool(reasons), tuple(reasons), signals)
-    few = f"{_examples(facts.labels)} with a label, {policy.floor} are needed"
+    few = f"{_examples(facts.labels)} with a label, {needed} are needed"
+    if facts.vain:
+        few += f" after learning {facts.vain} times in vain" if facts.vain > 1 else " after learning in vain"
     return Decision(bool(reasons), tuple(reasons), signals, tuple(f"{sentence}; but {few}" for sentence in said))
+
+
+def floor(facts: Facts, policy: TriggerPolicy) -> int:
+    """New labelled examples from which on production and the calendar are heard: twice as many after each time that
+    was in vain, until there are enough for a reason of their own. What they say may be so for ever."""
+    return max(policy.floor, min(policy.min_labels, policy.floor << min(facts.vain, 30)))
 
 
 def outcomes(labelled: Iterable[Labelled], version: str) -> list[bool]:
@@ -140,10 +153,11 @@ def in_a_row(looks: Sequence[Look]) -> int:
     return count
 
 
-def _said(signals: Signals, policy: TriggerPolicy, count: int) -> list[str]:
+def _said(signals: Signals, policy: TriggerPolicy, facts: Facts) -> list[str]:
     """What production and the calendar say for learning again, a sentence each."""
-    found = []
-    if policy.days and signals.days is not None and signals.days >= policy.days:
+    found, count = [], len(facts.outcomes)
+    rested = facts.tried_at is None or facts.now - facts.tried_at >= policy.days * DAY
+    if policy.days and signals.days is not None and signals.days >= policy.days and rested:
         found.append(f"the version was released {signals.days:.1f} days ago, the schedule says {policy.days:g}")
     if signals.below.at is not None:
         found.append(

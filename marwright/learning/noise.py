@@ -176,7 +176,9 @@ def _joint(probabilities: Floats, labels: Integers) -> tuple[Integers, Integers]
     classes = probabilities.shape[1]
     thresholds = np.full(classes, np.inf)
     for label in np.unique(labels):
-        thresholds[label] = probabilities[labels == label, label].mean()
+        mean = probabilities[labels == label, label].mean()
+        if mean > 0:  # else no regression has learned what it looks like
+            thresholds[label] = mean
     reached = probabilities >= thresholds - 1e-12
     seen = np.where(reached.any(axis=1), np.where(reached, probabilities, -1.0).argmax(axis=1), -1)
     joint = np.zeros((classes, classes), dtype=np.int64)
@@ -199,6 +201,10 @@ def _unseen(features: Floats, labels: Integers, classes: int, seed: int) -> Floa
         warnings.simplefilter("ignore")
         for fold in range(FOLDS):
             inside = folds == fold
+            only = np.unique(labels[~inside])
+            if len(only) == 1:  # there is nothing to tell apart
+                found[inside, only[0]] = 1.0
+                continue
             model = LogisticRegression(C=PENALTY, max_iter=300).fit(features[~inside], labels[~inside])
             found[np.ix_(inside, model.classes_)] = model.predict_proba(features[inside])
     return found

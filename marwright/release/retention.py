@@ -37,11 +37,13 @@ def unneeded(runs: Path, model: str, records: Iterable[ArchiveRecord], *, last: 
     What somebody trained by hand is not among them: those have neither a start nor newly labelled examples.
     """
     used = {record.run for record in records}
-    made = [Run(path.parent) for path in runs.glob(f"{model}-*/run.json")]
+    # Another model's name may begin with this one's and a hyphen: only the last part of a run's id is its own.
+    folders = [path.parent for path in runs.glob(f"{model}-*/run.json")]
+    made = [Run(folder) for folder in folders if folder.name.rpartition("-")[0] == model]
     newest = sorted(made, key=lambda run: (run.path / "run.json").stat().st_mtime)[-last:]
-    return [run for run in made if run.id not in used and run not in newest and _retrained(run)]
+    return [run for run in made if run.id not in used and run not in newest and _retrained(run, model)]
 
 
-def _retrained(run: Run) -> bool:
+def _retrained(run: Run, model: str) -> bool:
     about = run.about
-    return run.path.name.rpartition("-")[0] == about["recipe"] and bool(about.get("start") or about.get("new_examples"))
+    return bool(about["recipe"] == model and (about.get("start") or about.get("new_examples")))

@@ -86,6 +86,29 @@ def test_below_the_floor_it_says_what_it_waits_for() -> None:
     assert "12 new examples with a label, 30 are needed" in waiting
 
 
+@pytest.mark.parametrize(("vain", "needed"), [(0, 30), (1, 60), (2, 120), (3, 200), (40, 200)])
+def test_after_each_time_in_vain_it_takes_twice_the_labels(vain: int, needed: int) -> None:
+    facts = dataclasses.replace(QUIET, looks=DRIFTED, vain=vain, tried_at=NOW - DAY)
+    assert trigger.floor(facts, POLICY) == needed
+    assert trigger.should_retrain(dataclasses.replace(facts, labels=needed), POLICY).retrain
+    decision = trigger.should_retrain(dataclasses.replace(facts, labels=needed - 1), POLICY)
+    assert not decision.retrain
+    assert f"{needed} are needed" in decision.waiting[0]
+    assert ("in vain" in decision.waiting[0]) == bool(vain)
+
+
+def test_the_floor_is_never_below_what_the_policy_says() -> None:
+    facts = dataclasses.replace(QUIET, vain=3)
+    assert trigger.floor(facts, TriggerPolicy(min_labels=10, floor=30)) == 30
+
+
+@pytest.mark.parametrize(("tried", "due"), [(None, True), (8, True), (6, False)])
+def test_the_schedule_counts_from_the_last_try(tried: int | None, due: bool) -> None:
+    facts = dataclasses.replace(QUIET, labels=100, released_at=NOW - 30 * DAY)
+    facts = dataclasses.replace(facts, tried_at=None if tried is None else NOW - tried * DAY)
+    assert trigger.should_retrain(facts, POLICY).retrain == due
+
+
 def test_what_the_policy_does_not_ask_is_no_reason() -> None:
     facts = dataclasses.replace(QUIET, labels=50, released_at=0.0, outcomes=EVENLY_LOW)
     assert not trigger.should_retrain(facts, TriggerPolicy()).retrain

@@ -152,3 +152,15 @@ def test_labels_that_are_all_wrong_in_one_way_do_not_pass_for_hard_ones(seed: in
     found = estimated(features, (labels + 1) % 10, trusted=(trusted, known))
     assert found.rate > 0.15
     assert max(row.at_least or 0.0 for row in found.by_class.values()) > 0.15
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_a_class_with_one_example_is_no_crash_and_no_noise(trusted: bool) -> None:
+    random = np.random.default_rng(0)
+    labels = np.array([0] * 19 + [1])
+    features = random.normal(size=(20, 4)) + labels[:, None]
+    known = (features[:12], np.array([0] * 11 + [1])) if trusted else None
+    found = noise.estimate(features, labels, ("a", "b"), trusted=known)
+    assert found is not None
+    assert found.by_class["b"].share is None
+    assert found.rate < 0.3

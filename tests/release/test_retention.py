@@ -98,6 +98,15 @@ def test_runs_of_retraining_that_no_archive_came_from_go_and_others_do_not(tmp_p
     assert retention.unneeded(tmp_path / "gone", "m", []) == []
 
 
+def test_runs_of_a_model_whose_name_begins_the_same_are_none_of_its(tmp_path: Path) -> None:
+    for number in range(5):
+        files.write_json(tmp_path / f"m-28-{number}" / "run.json", {"recipe": "m-28", "start": {"run": "x"}})
+    run(tmp_path, "m-refused", start={"run": "x"}, age=10)
+    for number in range(3):
+        run(tmp_path, f"m-new{number}", new=5, age=number)
+    assert [each.id for each in retention.unneeded(tmp_path, "m", [])] == ["m-refused"]
+
+
 def test_prune_removes_them_with_their_records_and_says_so(
     tmp_path: Path, store: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
