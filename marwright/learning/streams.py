@@ -5,8 +5,8 @@
 
 `R` is the accuracy matrix of Lopez-Paz & Ranzato 2017 ("Gradient Episodic Memory for Continual Learning", section 2.2):
 T×T, `R[i, j]` the accuracy on task j after tasks 0 … i were learned, in that order. Prequential evaluation is that of
-Gama, Sebastião & Rodrigues 2013 ("On evaluating stream learning algorithms"): each example is answered first and learned
-from afterwards, so all of a stream is a test, and none of it twice.
+Gama, Sebastião & Rodrigues 2013 ("On evaluating stream learning algorithms"): each example is answered first and
+learned from afterwards, so all of a stream is a test, and none of it twice.
 """
 
 from __future__ import annotations
