@@ -216,12 +216,14 @@ def _requests(place: Place, connection: sa.Connection, frames: Sequence[Frame], 
     count["forgotten"] += len(dead - there)
     fresh = [entry for name, entry in given.items() if name not in there and name not in dead]
     requests, instances = [], []
-    for together in _pieces(fresh, spec):
+    waiting = list(_pieces(fresh, spec))
+    for together in waiting:  # it grows
         try:
             rows = list(_instances(together, spec, place.bodies, count))
             heads = [_request(entry, answerer) for entry in together]
         except _ODD:
             whole = False
+            waiting += [[entry] for entry in together if len(together) > 1]  # the others are none the worse for it
             continue
         instances += rows
         requests += heads

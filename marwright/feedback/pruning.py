@@ -40,7 +40,10 @@ def prune(place: Place, spool: Path, *, days: float, unlabelled_days: float | No
         asked = sa.exists().where(request.answerer == answerer.id)
         connection.execute(sa.delete(tables.answerers).where(~asked))
         connection.execute(sa.delete(tables.notes).where(tables.notes.c.time < old))
-        connection.execute(sa.delete(tables.segments).where(tables.segments.c.time < old))
+        taken = tables.segments.c
+        there_yet = {path.name for path in spool.glob("*.seg")}  # were they unknown, they would be taken once more
+        for some in chunks(set(connection.scalars(sa.select(taken.name).where(taken.time < old))) - there_yet):
+            connection.execute(sa.delete(tables.segments).where(taken.name.in_(some)))
     bodies, size = _bodies(place)
     damaged = 0
     for path in (spool / DAMAGED).glob("*"):
@@ -66,9 +69,11 @@ def _requests(place: Place, wanted: sa.ColumnElement[bool]) -> tuple[int, int]:
 
 
 def _bodies(place: Place) -> tuple[int, int]:
-    """Remove example files that no row names: how many, and their bytes."""
-    with place.lock:
-        place.bodies.sweep()
-        here = set(place.bodies.all())
-        with place.database.reading() as connection:
-            return place.bodies.remove(here - found(connection, tables.instances.c.digest, here))
+    """Remove example files that no row names: how many, and their bytes. Others may write in between."""
+    count = size = 0
+    for folder in place.bodies.folders():
+        with place.lock, place.database.reading() as connection:
+            here = place.bodies.tidied(folder)
+            files, total = place.bodies.remove(here - found(connection, tables.instances.c.digest, here))
+            count, size = count + files, size + total
+    return count, size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -153,3 +154,27 @@ def _slow(buried: Any, reached: threading.Event, go_on: threading.Event) -> Any:
         return found
 
     return asked
+
+
+def test_one_odd_request_takes_no_other_with_it(store: Store, spool: Path) -> None:
+    writer = spools.requests(spool, [Asked("r1"), Asked("r2")], finish=False)
+    header, payload = spools.frame([Asked("r3"), Asked("odd"), Asked("r4")])
+    del header["requests"][1]["sha256"]
+    writer.append(header, payload)
+    writer.close()
+    taken = store.ingest(spool)
+    assert (taken.requests, taken.instances, taken.damaged) == (4, 4, 1)
+    assert [each.request for each in store.answered("digits")] == ["r1", "r2", "r3", "r4"]
+
+
+def test_what_is_kept_in_the_spool_is_not_taken_again_when_it_is_old(store: Store, spool: Path) -> None:
+    spools.requests(spool, [Asked("old", time=1000)])
+    assert store.ingest(spool, keep=True).requests == 1
+    later = time.time() + 2 * 86_400
+    assert store.prune(days=1, now=later).requests == 1
+    assert (store.ingest(spool, keep=True).requests, store.answered("digits")) == (0, [])
+    for path in spool.glob("*.seg"):
+        path.unlink()
+    store.prune(days=1, now=later)
+    with store.database.reading() as connection:
+        assert connection.scalar(sa.select(sa.func.count()).select_from(tables.segments)) == 0
