@@ -12,7 +12,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -116,13 +116,16 @@ class Bodies:
                     count += 1
         return count, size
 
-    def all(self) -> Iterator[str]:
-        """Every digest."""
-        for path in self.folder.glob("[0-9a-f][0-9a-f]/*"):
-            if _NAME.fullmatch(path.name):
-                yield path.stem
+    def folders(self) -> list[Path]:
+        """Of the files, by the first two digits of their names."""
+        return sorted(self.folder.glob("[0-9a-f][0-9a-f]"))
 
-    def sweep(self) -> None:
-        """Remove what a killed writer left half-written."""
-        for path in self.folder.glob("[0-9a-f][0-9a-f]/.*.part"):
-            path.unlink(missing_ok=True)
+    def tidied(self, folder: Path) -> set[str]:
+        """Digests of the files in one of the folders, from which half-written ones of a killed writer are removed."""
+        found = set()
+        for path in folder.glob("*"):
+            if _NAME.fullmatch(path.name):
+                found.add(path.stem)
+            elif path.name.endswith(".part"):
+                path.unlink(missing_ok=True)
+        return found
