@@ -24,7 +24,7 @@ from handlers import spool as segments
 from handlers.spool import Frame
 from marwright import files
 from marwright.errors import DataError
-from marwright.feedback import ingesting, tables, tombs
+from marwright.feedback import ingesting, pruning, tables, tombs
 from marwright.feedback.database import found
 from marwright.feedback.ingesting import DAMAGED, Place
 from marwright.feedback.values import Forgotten
@@ -56,6 +56,7 @@ def forget(place: Place, request: str, *, spool: Path, runs: Path | None, patien
         # Before the commit, after which nobody knows which files these are.
         removed, _ = place.bodies.remove(alone)
         learned = _untrained(runs, alone) if runs is not None else []
+    pruning.orphans(place)  # an ingest that was killed before its commit has left files that no row names
     if known or before:
         place.database.shrink(whole=True)
     return Forgotten(request, known, before, instances, labels, removed, frames, tuple(learned))
@@ -98,7 +99,7 @@ def _from_spool(place: Place, folder: Path, request: str, patience: float) -> in
     needle = json.dumps(request, ensure_ascii=False)[1:-1].encode("utf-8", "surrogatepass")
     count = 0
     while True:
-        growing = [path for path in folder.glob(f".*{segments.SUFFIX}.open") if _holds(path, needle)]
+        growing = [path for path in folder.glob(f".*{segments.SUFFIX}.open") if _holds(path, b'"%b"' % needle)]
         with place.lock:
             for path in segments.finished(folder):
                 if _holds(path, needle):

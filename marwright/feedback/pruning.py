@@ -44,7 +44,7 @@ def prune(place: Place, spool: Path, *, days: float, unlabelled_days: float | No
         there_yet = {path.name for path in spool.glob("*.seg")}  # were they unknown, they would be taken once more
         for some in chunks(set(connection.scalars(sa.select(taken.name).where(taken.time < old))) - there_yet):
             connection.execute(sa.delete(tables.segments).where(taken.name.in_(some)))
-    bodies, size = _bodies(place)
+    bodies, size = orphans(place)
     damaged = 0
     for path in (spool / DAMAGED).glob("*"):
         if path.stat().st_mtime < old:
@@ -68,7 +68,7 @@ def _requests(place: Place, wanted: sa.ColumnElement[bool]) -> tuple[int, int]:
             return requests, labels
 
 
-def _bodies(place: Place) -> tuple[int, int]:
+def orphans(place: Place) -> tuple[int, int]:
     """Remove example files that no row names: how many, and their bytes. Others may write in between."""
     count = size = 0
     for folder in place.bodies.folders():

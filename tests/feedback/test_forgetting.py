@@ -220,3 +220,36 @@ def test_the_database_stays_as_small_as_what_it_keeps(tmp_path: Path) -> None:
             sizes.append(sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()))
             assert len(store.answered("digits")) == 300
     assert max(sizes[1:]) < 1.3 * sizes[0], sizes
+
+
+def test_what_a_killed_ingest_had_written_is_forgotten_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its files are there, one of them half, and no row names them."""
+    spool = tmp_path / "feedback" / "spool"
+    with Store.open(tmp_path / "feedback") as store:
+        spools.requests(spool, [SECRET, OTHERS[0]])
+
+        def killed(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patched:
+            patched.setattr(store.database, "insert", killed)
+            patched.setattr("marwright.feedback.ingesting.register", lambda *_: "somebody")
+            with pytest.raises(KeyboardInterrupt):
+                store.ingest(spool)
+        (whole,) = [path for path in (tmp_path / "feedback" / "bodies").rglob("*.png") if left_in(path.parent, SECRET)]
+        whole.with_name(f".{whole.name}.1.part").write_bytes(SECRET.sent[1])
+        assert store.forget(SECRET.id).known
+        assert left_in(tmp_path, SECRET) == []
+        assert store.ingest(spool).requests == 1
+        (other,) = store.answered("digits")
+        assert other.path is not None
+
+
+def test_an_id_within_another_is_not_waited_for(store: Store, spool: Path) -> None:
+    spools.requests(spool, [Asked("a-b")])
+    store.ingest(spool)
+    growing = spools.requests(spool, [Asked("a-b-c")], finish=False)
+    assert store.forget("a-b", patience=0.0).known
+    with pytest.raises(DataError, match="still writes to"):
+        store.forget("a-b-c", patience=0.0)
+    growing.close()
