@@ -213,7 +213,11 @@ def _read(file: Any) -> Frame | None:
     text, data = file.read(header), file.read(payload)
     if len(text) + len(data) < header + payload or zlib.crc32(data, zlib.crc32(text)) != crc:
         return None
-    return Frame(json.loads(text.decode("utf-8", "surrogatepass")), data)
+    try:
+        found = json.loads(text.decode("utf-8", "surrogatepass"))
+    except (ValueError, RecursionError):
+        return None
+    return Frame(found, data) if isinstance(found, dict) else None
 
 
 def _adopt(growing: Path) -> None:

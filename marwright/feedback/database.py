@@ -34,6 +34,8 @@ SOCKET_SECONDS = 120.0
 CHUNK = 500
 """Values of one `in (…)`, and rows of one insert: below every driver's limit."""
 _INCREMENTAL = 2
+_ROWS = 500
+"""Of one statement in PostgreSQL."""
 _TURN = 5_033_164_721
 """Key of the PostgreSQL lock that a writer holds: what is forgotten while another server ingests stays forgotten, and
 two that store the same labels do not wait for each other in turns."""
@@ -114,9 +116,13 @@ class Database:
 
     def insert(self, connection: sa.Connection, table: sa.Table, rows: Sequence[Row]) -> None:
         """Those rows whose key is not there yet."""
-        if rows:
-            kind = sqlite if self.sqlite else postgresql
-            connection.execute(kind.insert(table).on_conflict_do_nothing(), rows)
+        if self.sqlite:
+            if rows:
+                connection.execute(sqlite.insert(table).on_conflict_do_nothing(), rows)
+            return
+        for start in range(0, len(rows), _ROWS):  # a statement for each row would be a journey for each
+            some = list(rows[start : start + _ROWS])
+            connection.execute(postgresql.insert(table).values(some).on_conflict_do_nothing())
 
     def shrink(self, *, whole: bool = False) -> None:
         """Give deleted space back. `whole`: leave no byte of it anywhere in the database's files."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 import fcntl
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -197,3 +199,14 @@ def test_a_full_disk_is_not_filled_with_segments_of_nothing(tmp_path: Path) -> N
     said = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
     assert said.stdout == "20\n"
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("header", [b"{", b"[1]", b"[" * 100_000, b"\xff\xfe"])
+def test_a_header_that_is_no_json_object_is_damage(tmp_path: Path, header: bytes) -> None:
+    good = spool.encode({"n": 1})
+    crc = zlib.crc32(b"", zlib.crc32(header))
+    (tmp_path / ".labels-1-1-0.seg.open").write_bytes(
+        good + struct.pack("<4sIII", b"MWF1", len(header), 0, crc) + header
+    )
+    (path,) = spool.finished(tmp_path)
+    assert [frame.header for frame in spool.frames(path)] == [{"n": 1}]
