@@ -269,10 +269,14 @@ class RetrainSettings(RecipeChoice):
 
 @dataclass(frozen=True, kw_only=True)
 class PruneSettings(Places):
-    """Remove what nobody needs any more: archives, runs of retraining, old requests."""
+    """Remove what nobody needs any more: archives, runs of retraining, old requests and their bodies."""
 
     policy: Path | None = None
     """TOML file with the limits; policies/<model>.toml or policies/default.toml when not given."""
+    days: float | None = None
+    """Since the answer, for labelled requests, instead of the policy's."""
+    unlabelled_days: float | None = None
+    """The same for requests without a label."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -321,16 +325,6 @@ class FeedbackForgetSettings(Places):
 
     request: str
     """Its id, as the header x-request-id of its answer had it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class FeedbackPruneSettings(Places):
-    """Remove requests that are older than the retention, and bodies that nothing needs."""
-
-    days: float = 90.0
-    """Since the answer."""
-    unlabelled_days: float | None = None
-    """The same for requests without a label; as `days` when not given."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,7 +34,7 @@ VERBS = {
     "reconcile": "make the running server what the journal says",
     "release": "make a version the released one, without proof",
     "retrain": "learn from newly labelled examples, and roll the result out behind the gate",
-    "feedback": "labels and captured requests: collector, import, ingest, status, forget, prune",
+    "feedback": "labels and captured requests: collector, import, ingest, status, forget",
     "prune": "remove archives, runs and requests that nobody needs any more",
     "demo": "the whole loop on a live server, in a few minutes",
     "drift": "whether requests are still what the model has learned from",

@@ -21,7 +21,6 @@ from marwright.settings import (
     FeedbackForgetSettings,
     FeedbackImportSettings,
     FeedbackIngestSettings,
-    FeedbackPruneSettings,
     FeedbackStatusSettings,
     Places,
 )
@@ -108,21 +107,12 @@ def forget(settings: FeedbackForgetSettings) -> int:
     return 0
 
 
-def prune(settings: FeedbackPruneSettings) -> int:
-    with _open(settings) as store:
-        gone = store.prune(days=settings.days, unlabelled_days=settings.unlabelled_days, spool=settings.spool)
-    line = f"removed {gone.requests} requests, {gone.labels} labels, {gone.bodies} example files"
-    _print(settings, asdict(gone), [f"{line} ({gone.body_bytes / 1e6:.1f} MB)"])
-    return 0
-
-
 PARTS = {
     "collector": (FeedbackCollectorSettings, collect),
     "import": (FeedbackImportSettings, import_),
     "ingest": (FeedbackIngestSettings, ingest),
     "status": (FeedbackStatusSettings, status),
     "forget": (FeedbackForgetSettings, forget),
-    "prune": (FeedbackPruneSettings, prune),
 }
 
 

@@ -20,7 +20,18 @@ def main(settings: PruneSettings) -> int:
     with taught.opened(settings) as store:
         if store is not None:
             limits = policy.load(settings.policy, "").keep
-            store.prune(days=limits.days, unlabelled_days=limits.unlabelled_days, spool=settings.spool)
+            gone = store.prune(
+                days=limits.days if settings.days is None else settings.days,
+                unlabelled_days=limits.unlabelled_days
+                if settings.unlabelled_days is None
+                else settings.unlabelled_days,
+                spool=settings.spool,
+            )
+            if gone.requests or gone.labels or gone.bodies:
+                size = f"{gone.body_bytes / 1e6:.1f} MB"
+                lines.append(
+                    f"removed {gone.requests} requests, {gone.labels} labels, {gone.bodies} example files ({size})"
+                )
     print(json.dumps(lines) if settings.json else "\n".join(lines) or "nothing to remove")
     return 0
 
