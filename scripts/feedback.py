@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from dataclasses import asdict
@@ -24,6 +25,7 @@ from marwright.settings import (
     FeedbackStatusSettings,
     Places,
 )
+from scripts import taught
 
 
 def collect(settings: FeedbackCollectorSettings) -> int:
@@ -93,7 +95,13 @@ def status(settings: FeedbackStatusSettings) -> int:
 
 def forget(settings: FeedbackForgetSettings) -> int:
     """A request that was never heard of is an error, as its id may be mistyped; it is refused from now on, though."""
-    with _open(settings) as store:
+    with _open(settings) as store, contextlib.ExitStack() as held:
+        for model in store.models():  # a turn that has loaded the picture would write it down after all
+            if not held.enter_context(taught.alone(settings, model)):
+                raise DataError(
+                    f"a retraining of {model} is under way, and may be learning from {settings.request}",
+                    hint="nothing was removed: say it again when that has ended",
+                )
         gone = store.forget(settings.request, spool=settings.spool, runs=settings.runs)
     if not gone.known and not gone.before:
         raise DataError(

@@ -15,12 +15,9 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
-
-import filelock
 
 from marwright.errors import DataError, MarwrightError, RolledBack
 from marwright.feedback import trigger
@@ -100,7 +97,7 @@ def retrained(settings: RetrainSettings, *, say: Say = lambda step: None) -> Out
     done."""
     chosen = recipe.load(settings.recipe, recipes_dir=settings.recipes, overrides=settings.overrides())
     limits = policy.load(settings.policy, chosen.name)
-    with _alone(settings, chosen.name) as alone, taught.opened(settings) as store:
+    with taught.alone(settings, chosen.name) as alone, taught.opened(settings) as store:
         if not alone:
             say("another retraining of it is under way")
             return Outcome(chosen.name, "busy")
@@ -159,22 +156,6 @@ def _turn(settings: RetrainSettings) -> Outcome:
     if settings.json:
         print(json.dumps(asdict(outcome) | {"steps": steps}, ensure_ascii=False), flush=True)
     return outcome
-
-
-@contextlib.contextmanager
-def _alone(settings: RetrainSettings, model: str) -> Iterator[bool]:
-    """Whether no other turn of this model is under way; the system frees the lock of one that was killed."""
-    settings.store.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(settings.store / f".retrain-{model}.lock")
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        yield False
-        return
-    try:
-        yield True
-    finally:
-        lock.release()
 
 
 def _finish_what_was_interrupted(settings: RetrainSettings, model: str, say: Say) -> None:

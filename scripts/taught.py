@@ -18,6 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
+import filelock
 import numpy as np
 
 from marwright import cli, files
@@ -90,6 +91,23 @@ class Fed:
     began: float
     """When the labels were taken in, Unix seconds."""
     tried: Tried | None = None
+
+
+@contextlib.contextmanager
+def alone(places: Places, model: str) -> Iterator[bool]:
+    """Whether no turn of this model is under way; while this is held, none begins. The system frees the lock of one
+    that was killed."""
+    places.store.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(places.store / f".retrain-{model}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
 
 
 @contextlib.contextmanager

@@ -126,7 +126,8 @@ def entries(frame: Frame) -> Iterator[Entry]:
                 raise ValueError("a body beyond the payload")
             body = frame.payload[start : start + length]
         part = {name: array[at : at + rows] for name, array in arrays.items()}
-        yield Entry(head, float(frame.header["time"]), body, part)
+        when = min(float(frame.header["time"]), time.time())  # a clock that was ahead: it would never be old
+        yield Entry(head, when, body, part)
         at += rows
 
 

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import filelock
 import numpy as np
 import pytest
 
@@ -233,3 +234,18 @@ def test_a_picture_from_long_ago_is_kept_from_when_it_was_labelled(store: Store,
     assert {each.time for each in store.labelled("digits")} == {1e9}
     later = store.prune(days=365, unlabelled_days=30, now=time.time() + 366 * 86_400)
     assert (later.requests, later.labels, later.bodies) == (5, 5, 5)
+
+
+def test_nothing_is_forgotten_while_a_turn_may_be_learning_from_it(
+    tmp_path: Path, places: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    spools.requests(tmp_path / "feedback" / "spool", [Asked("one")])
+    assert main(["feedback", "ingest", *places]) == 0
+    (tmp_path / "model_store").mkdir(exist_ok=True)
+    with filelock.FileLock(tmp_path / "model_store" / ".retrain-digits.lock"):
+        capsys.readouterr()
+        code, refused = command(capsys, "forget", "--request", "one", *places)
+    assert code == 1
+    assert "a retraining of digits is under way" in refused["message"]
+    code, gone = command(capsys, "forget", "--request", "one", *places)
+    assert (code, gone["known"]) == (0, True)
