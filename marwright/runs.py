@@ -7,7 +7,8 @@
         weights.pt        state_dict of the ServingGraph, best epoch; loads with weights_only=True
         spec.json         ModelSpec, not yet exported
         examples.npz      inputs (raw, as the artifact takes them) and labels of the test part, up to 10 000 and 64 MiB
-        reference.npz     embedding, confidence and input statistics of up to 1000 validation examples
+        reference.npz     embedding, confidence and input statistics of up to 1000 validation examples; of the latest
+                          requests where production has taught the run (reference.json says so)
         golden/           golden.json and one raw request body for each golden example
         split.json        which example is in which part, the seed, which were newly labelled
         curves.json       a row for each epoch

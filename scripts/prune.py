@@ -16,7 +16,13 @@ SETTINGS = PruneSettings
 def main(settings: PruneSettings) -> int:
     with journal.open(settings.store) as book:
         models = sorted({entry.model for entry in book.entries()})
-    lines = [line for model in models for line in pruned(settings, model, policy.load(settings.policy, model).keep)]
+    lines = []
+    for model in models:
+        with taught.alone(settings, model) as alone:
+            if alone:
+                lines += pruned(settings, model, policy.load(settings.policy, model).keep)
+            else:
+                lines.append(f"{model} is left alone: a retraining of it is under way")
     with taught.opened(settings) as store:
         if store is not None:
             limits = policy.load(settings.policy, "").keep
@@ -53,5 +59,6 @@ def pruned(places: Places, model: str, keep: policy.KeepPolicy) -> list[str]:
     runs = retention.unneeded(places.runs, model, left)
     for run in runs:
         shutil.rmtree(run.path, ignore_errors=True)
+        run.path.with_name(f".{run.id}.lock").unlink(missing_ok=True)
     lines = [f"removed {record.file}" for record in gone]
     return lines + ([f"removed {len(runs)} runs of {model}"] if runs else [])

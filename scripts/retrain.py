@@ -119,6 +119,7 @@ def retrained(settings: RetrainSettings, *, say: Say = lambda step: None) -> Out
         outcome = Outcome(chosen.name, "", champion.record.version if champion else None, run.id, news.added)
         if judged is not None and judged.outcome != "pass":
             return replace(outcome, phase=taught.stopped(settings, champion, run, examples, judged, fed))
+        taught.remembered(run, chosen, fed)
         artifact = exporting.export(run, chosen.serving.format)
         record, built, _ = archive.stored(settings, chosen, run, artifact, behind_gate=True)
         say(f"built {record.file}" if built else f"{record.file} was built before")

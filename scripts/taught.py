@@ -20,6 +20,7 @@ from typing import Literal
 
 import filelock
 import numpy as np
+import torch
 
 from marwright import cli, files
 from marwright.errors import RolledBack
@@ -30,8 +31,9 @@ from marwright.feedback.judge import Judgement
 from marwright.feedback.selection import Selection
 from marwright.feedback.store import Labelled, Store
 from marwright.feedback.trigger import Facts
+from marwright.learning import graphs, reference
 from marwright.learning.additions import Difference
-from marwright.learning.dataset import Dataset
+from marwright.learning.dataset import Dataset, Part
 from marwright.learning.examples import Examples
 from marwright.learning.recipe import Recipe
 from marwright.packing import golden
@@ -44,6 +46,8 @@ from scripts import drift
 Say = Callable[[str], None]
 
 REFUSED = "refused"
+REFERENCE = 100
+"""Of the latest requests, for a reference of their own; with fewer it is the run's validation part."""
 LAST = 30
 """Turns in vain that are looked back at."""
 
@@ -128,7 +132,9 @@ def ingested(places: Places, chosen: Recipe, limits: Policy, store: Store, champ
         say(f"{taken.requests} requests and {taken.labels} labels taken in")
     if taken.unknown:
         say(f"{taken.unknown} labels are of requests that nobody captured")
-    store.prune(days=limits.keep.days, unlabelled_days=limits.keep.unlabelled_days, spool=places.spool)
+    store.prune(
+        days=limits.keep.days, unlabelled_days=limits.keep.unlabelled_days, model=chosen.name, spool=places.spool
+    )
     looks = drift.looked(places, store, champion.record, limits.trigger)
     if looks and looks[0].drifted:
         say(f"drift: {', '.join(test.name for test in looks[0].tests if test.drifted)}")
@@ -272,6 +278,20 @@ def stopped(
     if judged.outcome == "fail":
         raise RolledBack(f"{run.id} is not released", reason=judged.reasons[0], hint="marwright feedback status")
     return "no better"
+
+
+def remembered(run: Run, chosen: Recipe, fed: Fed | None) -> None:
+    """What the version's requests are compared with from now on: the latest of production, where there is enough.
+
+    Once for each run: an archive that waits for its rollout stays what it is.
+    """
+    mark, image = run.path / "reference.json", chosen.data.image()
+    if fed is None or image is None or len(fed.selection.judge) < REFERENCE or mark.exists():
+        return
+    inputs, labels = selection.arrays(fed.selection.judge, image, chosen.limits, run.spec.classes)
+    latest = Part("latest", torch.from_numpy(inputs), torch.arange(len(inputs)), torch.from_numpy(labels))
+    reference.write(graphs.load(run), latest, run.path)
+    files.write_json(mark, {"from": "production", "rows": len(inputs)})
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ from handlers import spool
 from marwright.errors import DataError, RolledBack
 from marwright.feedback.store import Store
 from marwright.learning import corruptions, graphs
-from marwright.packing import records
+from marwright.packing import records, reference
 from marwright.release import journal
 from marwright.runs import Run
 from marwright.settings import RetrainSettings, RolloutSettings
@@ -206,6 +206,12 @@ def test_labels_come_together_are_learned_from_judged_and_released(house: House)
     with np.load(run.path / "examples.npz") as old:
         assert house.holdouts == [len(old["labels"]) + 120], "the gate is given both holdouts"
     assert not (house.settings.runs / "feedback" / "tiny.npz").exists()
+    known = reference.read(house.settings.store / "tiny-1.1.mar")
+    assert known is not None
+    assert len(known) == 120, "its requests are compared with the latest of production from now on"
+    dark, ordinary = known.values["brightness"].mean(), reference.read(house.settings.store / "tiny-1.0.mar")
+    assert ordinary is not None
+    assert dark < 0.7 * ordinary.values["brightness"].mean()
 
     outcome, said = house.turn()
     assert (outcome.phase, outcome.version) == ("not yet", "1.1")

@@ -61,7 +61,13 @@ def labelled(connection: sa.Connection, bodies: Bodies, model: str, *, conflict:
     for row in rows:
         label = counting[row.request, row.number]
         made.append(
-            Labelled(**_fields(row, bodies, there), label=label.label, source=label.source, labelled_at=label.time)
+            Labelled(
+                **_fields(row, bodies, there),
+                label=label.label,
+                source=label.source,
+                labelled_at=label.time,
+                received=label.received,
+            )
         )
     return made
 

@@ -18,8 +18,16 @@ PIECE = 5000
 """Requests of one transaction: nobody else waits longer for a turn."""
 
 
-def prune(place: Place, spool: Path, *, days: float, unlabelled_days: float | None, now: float | None = None) -> Pruned:
-    """SettingsError where an age is not a positive number of days."""
+def prune(
+    place: Place,
+    spool: Path,
+    *,
+    days: float,
+    unlabelled_days: float | None,
+    model: str | None = None,
+    now: float | None = None,
+) -> Pruned:
+    """Requests of `model` alone where it is given; SettingsError where an age is not a positive number of days."""
     for name, value in (("--days", days), ("--unlabelled-days", unlabelled_days)):
         if value is not None and not value > 0:
             raise SettingsError(f"{name} is {value:g}", hint="a positive number of days")
@@ -30,9 +38,10 @@ def prune(place: Place, spool: Path, *, days: float, unlabelled_days: float | No
     # A labelled picture is as old as what was said of it: its file may be from long before it was given to us.
     answered = sa.exists().where(answerer.id == request.answerer, answerer.version != "")
     lately = sa.exists().where(label.request == request.id, label.received >= old)
-    requests, labels = _requests(place, sa.and_(request.time < old, sa.or_(answered, ~lately)))
+    mine = sa.exists().where(answerer.id == request.answerer, answerer.model == model) if model else sa.true()
+    requests, labels = _requests(place, sa.and_(request.time < old, sa.or_(answered, ~lately), mine))
     if unlabelled_days is not None and unlabelled_days < days:
-        more, none = _requests(place, sa.and_(request.time < now - unlabelled_days * DAY, ~is_labelled))
+        more, none = _requests(place, sa.and_(request.time < now - unlabelled_days * DAY, ~is_labelled, mine))
         requests, labels = requests + more, labels + none
     with place.database.writing() as connection:
         there = sa.exists().where(request.id == label.request)

@@ -153,12 +153,19 @@ class Store:
             return forgetting.forget(self._place, request, spool=where, runs=runs, patience=wait)
 
     def prune(
-        self, *, days: float, unlabelled_days: float | None = None, spool: Path | None = None, now: float | None = None
+        self,
+        *,
+        days: float,
+        unlabelled_days: float | None = None,
+        model: str | None = None,
+        spool: Path | None = None,
+        now: float | None = None,
     ) -> Pruned:
-        """Remove what is older, and give its space back. SettingsError for an age that is none."""
+        """Remove what is older, requests of `model` alone where it is given, and give its space back. SettingsError for
+        an age that is none."""
         with self._told():
             where = spool or self.folder / "spool"
-            return pruning.prune(self._place, where, days=days, unlabelled_days=unlabelled_days, now=now)
+            return pruning.prune(self._place, where, days=days, unlabelled_days=unlabelled_days, model=model, now=now)
 
     def note(self, kind: str, model: str, document: Mapping[str, Any]) -> None:
         """Keep a document of the loop's: a look at drift, the outcome of a turn."""

@@ -121,7 +121,7 @@ def outcomes(labelled: Iterable[Labelled], version: str) -> list[bool]:
     """Right or wrong, of one version's labelled answers of a classifier, in the order in which the labels came: what
     was said before stays as it was, and more is added at the end."""
     rows = [each for each in labelled if each.version == version and each.answer]
-    rows.sort(key=lambda each: (each.labelled_at, each.time, each.request, each.instance))
+    rows.sort(key=lambda each: (each.received, each.time, each.request, each.instance))
     return [each.answer == each.label for each in rows]
 
 

@@ -46,6 +46,9 @@ class Labelled(Answered):
     label: str
     source: str
     labelled_at: float
+    """When it was said, as the sender says."""
+    received: float = 0.0
+    """When it came."""
 
 
 @dataclass(frozen=True)

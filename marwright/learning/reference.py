@@ -1,10 +1,11 @@
 """What requests look like when nothing has changed: the validation part, as the finished graph sees it.
 
-    reference.write(graph, dataset, run.path)      # runs/<run>/reference.npz
+    reference.write(graph, dataset.validation, run.path)      # runs/<run>/reference.npz
     Reference.from_bytes(data).values["confidence"]
 
 It travels in the archive, and `feedback.drift` compares captured requests with it. At most 1000 examples, evenly from
-all over the part: not the training part, which a net knows too well, nor the test part, which is the gate's.
+all over the part: not the training part, which a net knows too well, nor the test part, which is the gate's. A version
+that production has taught gets another one before it is archived: the latest requests, which it has not learned from.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 
 from handlers.nets import ServingGraph
 from marwright import files
-from marwright.learning.dataset import Dataset, pieces
+from marwright.learning.dataset import Part, pieces
 from marwright.learning.statistics import statistics
 
 FILE = "reference.npz"
@@ -70,9 +71,8 @@ class Reference:
         return cls(embedding, values)
 
 
-def of(graph: ServingGraph, dataset: Dataset) -> Reference:
+def of(graph: ServingGraph, part: Part) -> Reference:
     """The reference of a finished graph (on the CPU)."""
-    part = dataset.validation
     count = min(len(part), ROWS)
     positions = torch.linspace(0, len(part) - 1, count, dtype=torch.float64).round().long()
     answers, embeddings, seen = [], [], []
@@ -91,8 +91,8 @@ def of(graph: ServingGraph, dataset: Dataset) -> Reference:
     return Reference(np.concatenate(embeddings) if embeddings else None, values | {name: np.concatenate(answers)})
 
 
-def write(graph: ServingGraph, dataset: Dataset, folder: Path) -> None:
+def write(graph: ServingGraph, part: Part, folder: Path) -> None:
     """Into a run folder. Same graph and data, same bytes."""
-    made = of(graph, dataset).to_bytes()
+    made = of(graph, part).to_bytes()
     with files.replacing(folder / FILE) as temporary:
         temporary.write_bytes(made)

@@ -126,7 +126,7 @@ def _train(
     spec = graphs.spec(recipe, dataset, graph, run=run.id, metrics=scores.metrics)
     files.write_text(run.path / "spec.json", spec.to_json())
     golden.write(dataset, run.path)
-    reference.write(graph, dataset, run.path)
+    reference.write(graph, dataset.validation, run.path)
     files.write_json(run.path / "curves.json", trainer.curves)
     about |= {
         "epochs": len(trainer.curves),

@@ -2,8 +2,8 @@
 
     for record in retention.stale(records, book, "digits", keep=10): ...
 
-What answers, may answer, answered among the last `keep`, or was built last, stays: a rollback finds its archive, and
-what was refused is not built again.
+What answers, may answer, answered among the last `keep`, was never tried, or was built last, stays: a rollback finds
+its archive, and what was refused is not built again.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ def stale(records: Sequence[ArchiveRecord], book: Journal, model: str, *, keep: 
             answered.append(entry.version)
     needed = {*answered[:keep], *book.live(model), *(each.version for each in records[-1:])}
     needed |= {version for version in (book.previous(model),) if version}
+    refused = {entry.version for entry in book.entries(model, event="rolled back")}
+    needed |= {each.version for each in records if each.version not in {*answered, *refused}}  # nobody has tried it yet
     under_way = rollout.unfinished(book, model)
     if under_way is not None:
         needed |= {under_way.version, under_way.champion or ""}

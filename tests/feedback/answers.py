@@ -55,7 +55,7 @@ def labelled(right: Sequence[bool], *, version: str = "1.0", order: Sequence[int
     """Answers that were right or wrong; `order` says when the label of each came, by default as the answers did."""
     answered = rows([0.9] * len(right), version=version)
     return [
-        Labelled(**row.__dict__, label="3" if good else "5", source="test", labelled_at=2_000.0 + place)
+        Labelled(**row.__dict__, label="3" if good else "5", source="test", labelled_at=1.0, received=2_000.0 + place)
         for row, good, place in zip(answered, right, order or range(len(right)), strict=True)
     ]
 

@@ -191,8 +191,12 @@ def test_old_requests_go_with_all_they_had(store: Store, spool: Path) -> None:
     store.ingest(spool)
     (store.folder / "bodies" / "ab").mkdir(exist_ok=True)
     (store.folder / "bodies" / "ab" / f"{'ab' * 32}.png").write_bytes(b"nobody's")
-    gone = store.prune(days=30, unlabelled_days=10, now=now)
-    assert (gone.requests, gone.labels, gone.bodies) == (2, 2, 3)
+    other = store.prune(days=30, unlabelled_days=10, model="another", now=now)
+    assert (other.requests, other.labels) == (0, 1), "the policy of one model says nothing of the others' requests"
+    (store.folder / "bodies" / "ab").mkdir(exist_ok=True)
+    (store.folder / "bodies" / "ab" / f"{'ab' * 32}.png").write_bytes(b"nobody's")
+    gone = store.prune(days=30, unlabelled_days=10, model="digits", now=now)
+    assert (gone.requests, gone.labels, gone.bodies) == (2, 1, 3)
     assert [each.request for each in store.answered("digits")] == ["recent", "young"]
     assert [each.request for each in store.labelled("digits")] == ["young"]
     assert store.unknown().labels == 0

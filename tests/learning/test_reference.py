@@ -48,14 +48,14 @@ def test_it_is_the_validation_part_as_the_graph_sees_it(run: Run, pictures: Data
 
 
 def test_the_same_graph_and_data_give_the_same_bytes(run: Run, pictures: Dataset, tmp_path: Path) -> None:
-    reference.write(training.load_graph(run), pictures, tmp_path)
+    reference.write(training.load_graph(run), pictures.validation, tmp_path)
     assert (tmp_path / reference.FILE).read_bytes() == (run.path / reference.FILE).read_bytes()
 
 
 def test_a_large_part_is_taken_from_all_over(run: Run, pictures: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = reference.of(training.load_graph(run), pictures)
+    whole = reference.of(training.load_graph(run), pictures.validation)
     monkeypatch.setattr(reference, "ROWS", 5)
-    few = reference.of(training.load_graph(run), pictures)
+    few = reference.of(training.load_graph(run), pictures.validation)
     places = np.rint(np.linspace(0, len(whole) - 1, 5)).astype(int)
     np.testing.assert_array_equal(few.values["brightness"], whole.values["brightness"][places])
 
@@ -63,7 +63,9 @@ def test_a_large_part_is_taken_from_all_over(run: Run, pictures: Dataset, monkey
 def test_a_regressor_without_an_embedding_has_its_values_and_its_features(tmp_path: Path) -> None:
     chosen = recipe.load("diabetes-linear", recipes_dir=RECIPES, overrides={"epochs": 1})
     examples = data.load(chosen, cache=tmp_path / "cache", progress=False)
-    made = reference.of(training.load_graph(training.train(chosen, examples, tmp_path, progress=False)), examples)
+    made = reference.of(
+        training.load_graph(training.train(chosen, examples, tmp_path, progress=False)), examples.validation
+    )
     assert made.embedding is None
     assert {"value", "mean", "spread", "feature_0", "feature_9"} <= made.values.keys()
     back = Reference.from_bytes(made.to_bytes())
