@@ -13,13 +13,13 @@ takes with it what waits, and leaves a segment that others take over; SIGTERM an
 The head of a segment is `{"v": 1, "model", "version", "bundle", "spec"}`. A frame's header is
 
     {"time": seconds since 1970 of the earliest of its answers,
-     "requests": [{"id", "rows", "body": [offset, length] or null, "sha256", "type", "http", "form"?, "redacted"?}],
+     "requests": [{"id", "rows", "body": [offset, length] or null, "type", "http", "form"?, "redacted"?, "sha256"?}],
      "outputs": {"probabilities" or "value": [offset, N, K, "float32"], "embedding": [offset, N, D, "float16"]}}
 
-with offsets into its payload; the rows of all its requests are in order, little-endian. `sha256` is of the body as the
-worker got it: the bytes that were sent, but for JSON, which TorchServe takes apart itself ("form": "json", written
-again with its keys sorted), and for text ("form": "text", as UTF-8). `type` is the content type of the input's field.
-Only predict requests that were answered with 200 are here, and none that said `capture` off.
+with offsets into its payload; the rows of all its requests are in order, little-endian. A body is as the worker got it:
+the bytes that were sent, but for JSON, which TorchServe takes apart itself ("form": "json", written again with its keys
+sorted), and for text ("form": "text", as UTF-8). `sha256` is of that body, and stands where the frame has none, or a
+redacted one. `type` is the content type of the input's field. Only predict requests that were answered with 200 are here, and none that said `capture` off.
 
 Which requests are chosen depends on their ids and the seed alone: every worker and every process chooses the same, and
 a larger share holds all of a smaller one. `handlers.redaction` says what a redaction hook is.
@@ -322,16 +322,16 @@ class Recorder:
             "id": one.id,
             "rows": one.rows.stop - one.rows.start,
             "body": None,
-            "sha256": hashlib.sha256(body).hexdigest(),
             "type": kind,
             "http": one.http,
         }
         if form:
             entry["form"] = form
+        if self._settings.capture_bodies and not self._redact:
+            return entry, body
+        entry["sha256"] = hashlib.sha256(body).hexdigest()
         if not self._settings.capture_bodies:
             return entry, None
-        if not self._redact:
-            return entry, body
         entry["redacted"] = True
         return entry, self._redact(bytes(body), kind)
 

@@ -267,7 +267,7 @@ def _request(entry: Entry, answerer: str) -> Row:
         "id": entry.id,
         "answerer": answerer,
         "time": entry.time,
-        "sha256": str(entry.head["sha256"]),
+        "sha256": str(entry.head.get("sha256") or hashlib.sha256(entry.body or b"").hexdigest()),
         "type": labelling.clean(str(entry.head["type"])),
     }
 

@@ -178,7 +178,7 @@ def test_what_was_captured_is_what_was_asked_and_answered(capturing: Any, model:
         assert one.outputs["embedding"].dtype == np.float16
         assert np.allclose(one.outputs["embedding"], outputs["embedding"][rows], rtol=2e-3, atol=1e-3)
         assert one.body is not None
-        assert one.entry["sha256"] == hashlib.sha256(one.body).hexdigest()
+        assert "sha256" not in one.entry, "the body is there"
         assert one.entry["http"] is (way == "http")
         assert "redacted" not in one.entry
     assert row == len(array)
