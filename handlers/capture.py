@@ -19,7 +19,8 @@ The head of a segment is `{"v": 1, "model", "version", "bundle", "spec"}`. A fra
 with offsets into its payload; the rows of all its requests are in order, little-endian. A body is as the worker got it:
 the bytes that were sent, but for JSON, which TorchServe takes apart itself ("form": "json", written again with its keys
 sorted), and for text ("form": "text", as UTF-8). `sha256` is of that body, and stands where the frame has none, or a
-redacted one. `type` is the content type of the input's field. Only predict requests that were answered with 200 are here, and none that said `capture` off.
+redacted one. `type` is the content type of the input's field. Only predict requests that were answered with 200 are
+here, and none that said `capture` off.
 
 Which requests are chosen depends on their ids and the seed alone: every worker and every process chooses the same, and
 a larger share holds all of a smaller one. `handlers.redaction` says what a redaction hook is.
