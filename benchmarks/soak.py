@@ -13,6 +13,7 @@ and processes are sampled all the while into benchmarks/results/soak.csv; what c
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import io
 import json
@@ -120,7 +121,10 @@ class Soak:
     """No more kills."""
     due: deque[tuple[float, dict[str, Any]]] = field(default_factory=deque)
     tool: subprocess.Popen[bytes] | None = None
-    peak: Counter[str] = field(default_factory=Counter)
+    seen: dict[str, tuple[str, str]] = field(default_factory=dict)
+    """Every label that was ever in the database, by its uid: retention takes the old ones away."""
+    changed: int = 0
+    """Labels that were there otherwise before, or two of one request at a time."""
 
     @property
     def share(self) -> float:
@@ -236,6 +240,20 @@ class Soak:
             )
         self.ledger.note("served", done.returncode)
 
+    def look(self) -> None:
+        """At all labels, with plain SQL; much more often than retention removes any."""
+        path = self.places.feedback / "feedback.sqlite"
+        while not self.over.wait(20.0):
+            if path.is_file():
+                self._look(path)
+
+    def _look(self, path: Path) -> None:
+        with contextlib.closing(sqlite3.connect(path, timeout=60)) as opened:
+            found = opened.execute("select uid, request, label from labels").fetchall()
+        self.changed += len(found) - len({request for _, request, _ in found})
+        for uid, request, label in found:
+            self.changed += self.seen.setdefault(uid, (request, label)) != (request, label)
+
     def measure(self, rows: Any) -> None:
         while not self.over.wait(10.0):
             found = Server(self.places.serving, home=self.places.home).find()
@@ -270,7 +288,7 @@ def run(minutes: float, seed: int) -> int:
             soak.began = time.monotonic()
             workers = [threading.Thread(target=soak.send, args=(n,)) for n in range(CALLERS)]
             workers += [threading.Thread(target=work) for work in (soak.turn, soak.kill)]
-            workers += [threading.Thread(target=soak.measure, args=(rows,))]
+            workers += [threading.Thread(target=soak.measure, args=(rows,)), threading.Thread(target=soak.look)]
             last = threading.Thread(target=soak.label)
             for thread in (*workers, last):
                 thread.start()
@@ -290,7 +308,8 @@ def run(minutes: float, seed: int) -> int:
             subprocess.run(soak.verb("stop"), cwd=ROOT, timeout=300, check=False)
             ledger.close()
         subprocess.run(soak.verb("feedback", "ingest"), cwd=ROOT, timeout=300, check=True)
-        outcome = judged(FOLDER / "ledger.csv", places.feedback / "feedback.sqlite")
+        soak._look(places.feedback / "feedback.sqlite")
+        outcome = judged(FOLDER / "ledger.csv", places.feedback / "feedback.sqlite", soak)
         outcome |= {"minutes": minutes, "seed": seed, "unsent": len(soak.due), "counts": dict(ledger.counts)}
         outcome["kills"] = dict(Counter(row[2] for row in _rows(FOLDER / "ledger.csv") if row[1] == "killed"))
         outcome["versions"] = sorted({row[3] for row in _rows(FOLDER / "ledger.csv") if row[1] == "answered"})
@@ -298,39 +317,29 @@ def run(minutes: float, seed: int) -> int:
     return show()
 
 
-def judged(ledger: Path, database: Path) -> dict[str, Any]:
-    """The ledger against the database. All that is not 0 under `wrong` is a fault.
-
-    Retention takes old requests with their labels: `oldest` says from when on everything must be there.
-    """
+def judged(ledger: Path, database: Path, soak: Soak) -> dict[str, Any]:
+    """The ledger against the database. All that is not 0 under `wrong` is a fault."""
     rows = _rows(ledger)
     sent = {row[2]: tuple(row[3:5]) for row in rows if row[1] == "sent"}
-    taken: dict[str, float] = {}
-    for row in rows:
-        if row[1] == "taken":
-            taken.setdefault(row[2], float(row[0]))
-    answered = [row for row in rows if row[1] == "answered"]
-    with sqlite3.connect(database) as opened:
-        stored = opened.execute("select uid, request, label from labels").fetchall()
+    taken = {row[2] for row in rows if row[1] == "taken"}
+    answered = {row[2] for row in rows if row[1] == "answered"}
+    with contextlib.closing(sqlite3.connect(database, timeout=60)) as opened:
         requests = {row[0] for row in opened.execute("select id from requests")}
         oldest = opened.execute("select min(time) from requests").fetchone()[0] or 0.0
-    at = {row[2]: float(row[0]) for row in answered}
-    stored_of = Counter(request for _, request, _ in stored)
-    kept = {uid for uid in taken if at.get(sent[uid][0], 0.0) > oldest + 30}
-    there = {uid for uid, _, _ in stored}
+    kept = {row[2] for row in rows if row[1] == "answered" and float(row[0]) > oldest + 30}
     return {
         "answered": len(answered),
-        "captured": len(requests),
-        "taken": len(taken),
-        "still kept": len(kept),
-        "stored": len(stored),
+        "labels taken by the server": len(taken),
+        "labels ever seen in the database": len(soak.seen),
+        "requests that retention has left": len(kept),
+        "of them lost with a killed worker": len(kept - requests),
         "wrong": {
-            "taken and not stored": len(kept - there),
-            "stored twice": len(stored) - len(there) + sum(count > 1 for count in stored_of.values()),
-            "stored and never sent": len(there - sent.keys()),
-            "stored otherwise than sent": sum(sent.get(uid) != (request, label) for uid, request, label in stored),
+            "taken and never seen": len(taken - soak.seen.keys()),
+            "twice, or changed": soak.changed,
+            "seen and never sent": len(soak.seen.keys() - sent.keys()),
+            "seen otherwise than sent": sum(sent.get(uid) != said for uid, said in soak.seen.items()),
+            "a request that nobody was answered": len(requests - answered),
         },
-        "labels whose request was lost with a killed worker": sum(sent[uid][0] not in requests for uid in kept & there),
     }
 
 
