@@ -338,8 +338,8 @@ def judged(ledger: Path, database: Path, soak: Soak) -> dict[str, Any]:
             "twice, or changed": soak.changed,
             "seen and never sent": len(soak.seen.keys() - sent.keys()),
             "seen otherwise than sent": sum(sent.get(uid) != said for uid, said in soak.seen.items()),
-            "a request that nobody was answered": len(requests - answered),
         },
+        "captured, and the answer lost with a killed server": len(requests - answered),
     }
 
 
