@@ -16,8 +16,9 @@
         report.html
         export/onnx/      artifact, spec.json of the artifact, export.json (parity)
 
-A run is named by the digest of its recipe, its data, the code that reads both and the weights it starts from, so the
-same question is never trained twice. It is finished when `evaluation.json` is there: that file is written last.
+A run is named by the digest of its recipe, its data, the code that reads both, the weights it starts from and the
+method, so the same question is never trained twice. It is finished when `evaluation.json` is there: that file is
+written last.
 """
 
 from __future__ import annotations
