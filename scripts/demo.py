@@ -253,7 +253,9 @@ def _circle(
         )
         if seen.retrain and not traffic.waiting and not traffic.unlabelled:
             break
-    tale.tell("retrain: the decision is made, and callers go on meanwhile", "retrain")
+    else:
+        tale.tell(f"no reason to learn was found in {LONGEST:g} s")
+    tale.tell("retrain: a turn, and callers go on meanwhile", "retrain")
     traffic.repeat("meanwhile", rest)
     try:
         outcome = retrain.retrained(settings, say=lambda line: tale.tell(f"retrain: {line}", _mark(line)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 
+from marwright.feedback.store import Store
 from marwright.packing import records
 from marwright.release import journal, policy, retention
 from marwright.settings import Places, PruneSettings
@@ -25,19 +26,7 @@ def main(settings: PruneSettings) -> int:
                 lines.append(f"{model} is left alone: a retraining of it is under way")
     with taught.opened(settings) as store:
         if store is not None:
-            limits = policy.load(settings.policy, "").keep
-            gone = store.prune(
-                days=limits.days if settings.days is None else settings.days,
-                unlabelled_days=limits.unlabelled_days
-                if settings.unlabelled_days is None
-                else settings.unlabelled_days,
-                spool=settings.spool,
-            )
-            if gone.requests or gone.labels or gone.bodies:
-                size = f"{gone.body_bytes / 1e6:.1f} MB"
-                lines.append(
-                    f"removed {gone.requests} requests, {gone.labels} labels, {gone.bodies} example files ({size})"
-                )
+            lines += [line for model in store.models() for line in _requests(settings, store, model)]
     print(json.dumps(lines) if settings.json else "\n".join(lines) or "nothing to remove")
     return 0
 
@@ -62,3 +51,18 @@ def pruned(places: Places, model: str, keep: policy.KeepPolicy) -> list[str]:
         run.path.with_name(f".{run.id}.lock").unlink(missing_ok=True)
     lines = [f"removed {record.file}" for record in gone]
     return lines + ([f"removed {len(runs)} runs of {model}"] if runs else [])
+
+
+def _requests(settings: PruneSettings, store: Store, model: str) -> list[str]:
+    """What was removed of the requests to one model, in words."""
+    limits, unlabelled = policy.load(settings.policy, model).keep, settings.unlabelled_days
+    gone = store.prune(
+        days=limits.days if settings.days is None else settings.days,
+        unlabelled_days=limits.unlabelled_days if unlabelled is None else unlabelled,
+        model=model,
+        spool=settings.spool,
+    )
+    if not (gone.requests or gone.labels or gone.bodies):
+        return []
+    what = f"{gone.requests} requests, {gone.labels} labels, {gone.bodies} example files"
+    return [f"removed {what} ({gone.body_bytes / 1e6:.1f} MB)"]

@@ -249,3 +249,20 @@ def test_nothing_is_forgotten_while_a_turn_may_be_learning_from_it(
     assert "a retraining of digits is under way" in refused["message"]
     code, gone = command(capsys, "forget", "--request", "one", *places)
     assert (code, gone["known"]) == (0, True)
+
+
+def test_each_model_keeps_its_requests_as_long_as_its_own_policy_says(
+    tmp_path: Path, places: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = time.time() - 40 * 86_400
+    for model in ("digits", "cats"):
+        spools.requests(tmp_path / "feedback" / "spool", [Asked(f"of {model}", time=old)], model=model)
+    assert main(["feedback", "ingest", *places]) == 0
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "policies").mkdir()
+    (tmp_path / "policies" / "cats.toml").write_text("[keep]\nunlabelled_days = 100.0\n")
+    capsys.readouterr()
+    assert main(["prune", *places]) == 0
+    assert capsys.readouterr().out.startswith("removed 1 requests, 0 labels, 1 example files")
+    with Store.open(tmp_path / "feedback") as store:
+        assert store.models() == ["cats"]
