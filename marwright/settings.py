@@ -78,6 +78,10 @@ class TrainSettings(RecipeChoice):
 
     resume: bool = True
     """Go on from the last whole epoch of an interrupted run, to the same result; or begin again."""
+    nproc: int = 1
+    """Processes on this machine that train together (torchrun); on a machine with CUDA, one for each device."""
+    torchrun: str = ""
+    """Options of torchrun's own, for several machines: "--nnodes=2 --rdzv-backend=c10d --rdzv-endpoint=HOST:29400"."""
 
 
 @dataclass(frozen=True, kw_only=True)
