@@ -19,10 +19,11 @@ hold it as the only one in `"explanations"`.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,10 @@ CONTENT_TYPES = {"json": JSON, "png": "image/png", "npy": "application/octet-str
 LARGEST = 20_000_000
 """Bytes of one answer. The server's `max_response_size` (config.properties) must be above it: an answer that is longer
 than that kills the worker, and with it the whole batch."""
+
+_fast: Callable[[Any], bytes] | None = None
+with contextlib.suppress(ImportError):
+    from orjson import dumps as _fast  # a fifth of the time; the same values without it
 
 _JSON = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
@@ -103,7 +108,7 @@ def explained(
     delta of integrated gradients. `BadRequest` 500 where the model gave NaN or infinity.
     """
     ask, found = explanation.ask, explanation.attributions
-    prediction = answer(replace(payload, form="stock"), sheet, rows, spec, model=model, version=version)
+    prediction = answer(payload._replace(form="stock"), sheet, rows, spec, model=model, version=version)
     if ask.format == "npy":
         stream = io.BytesIO()
         np.save(stream, found)
@@ -136,8 +141,16 @@ def explained(
     return {**_identity(payload, model, version), "explanations": [document]}
 
 
-def encode(value: Any) -> bytes:
-    """Compact JSON, never with NaN in it. Half of a surrogate pair, echoed from a request, is escaped."""
+def encode(value: Any, *, finite: bool = False) -> bytes:
+    """Compact JSON, never with NaN in it. Half of a surrogate pair, echoed from a request, is escaped.
+
+    With orjson (where it is installed) for what is known to be `finite`: it would write NaN as null.
+    """
+    if finite and _fast is not None:
+        try:
+            return _fast(value)
+        except TypeError:  # half of a surrogate pair, for one
+            pass
     try:
         return _JSON.encode(value).encode()
     except UnicodeEncodeError:

@@ -11,7 +11,6 @@ stock one, with several instances each, calls for explanations and for the model
 
 from __future__ import annotations
 
-import base64
 import logging
 import os
 import re
@@ -25,11 +24,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from handlers import answers, explanations, images, instances, payloads, runtime
+from handlers import answers, explanations, images, instances, payloads, runtime, wire
 from handlers.answers import Sheet
 from handlers.bundle import Bundle
 from handlers.capture import Recorder
-from handlers.errors import PHRASES, BadRequest, LoadError
+from handlers.envelope import Envelope
+from handlers.errors import BadRequest, LoadError
 from handlers.explanations import Explanation
 from handlers.metrics import Meters
 from handlers.payloads import Headers, Payload
@@ -45,16 +45,20 @@ _CHUNK = 64
 """Instances in one forward pass at most (or the configured batch size, if larger): bounds memory."""
 
 
-@dataclass
+_NO_HEADERS = Headers()
+_NO_ROWS = slice(0)
+
+
+@dataclass(slots=True)
 class Request:
     """One request of a batch, and what has become of it."""
 
-    headers: Headers = field(default_factory=Headers)
+    headers: Headers = _NO_HEADERS
     call: str = "predict"
     """Or "explain", or "describe": what metrics count it as."""
     meta: bool = False
     payload: Payload | None = None
-    rows: slice = field(default_factory=lambda: slice(0))
+    rows: slice = field(default_factory=lambda: _NO_ROWS)
     """Its instances in the batch's array."""
     explanation: Explanation | None = None
     error: BadRequest | None = None
@@ -214,6 +218,7 @@ class BatchHandler:
             "explanations": list(self.explainer.methods) if self.explainer else [],
             "device": self.runtime.device,
             "threads": self.settings.threads,
+            "wire": self.wire,
             "capture": self.recorder.share,
             "pid": os.getpid(),
         }
@@ -246,12 +251,7 @@ class BatchHandler:
         self.chunk = max(_CHUNK, batch_size)
         loaded = time.perf_counter()
         self.widths = runtime.warm_up(self.runtime, self.spec, {1, batch_size})
-        self._identity = {
-            "X-Model-Name": self.model,
-            "X-Model-Version": self.version,
-            "X-Bundle-Digest": self.bundle.digest,
-            "X-Worker-Pid": str(os.getpid()),
-        }
+        self.envelope = Envelope(self.model, self.version, self.bundle.digest)
         cache = context.metrics if self.settings.metrics else None
         names = {"model": self.model, "version": self.version}
         self.meters = Meters(cache, self.spec, captures=self.settings.captures, **names)
@@ -259,6 +259,7 @@ class BatchHandler:
         count = self.meters.captured
         self.recorder = Recorder(self.settings, self.spec, bundle=self.bundle.digest, count=count, **names)
         self.recorder.begin()
+        self.wire = wire.install(on=self.settings.wire)
 
     def _decode(self, payload: Payload) -> list[NDArray[Any]]:
         if payload.form == "stock":
@@ -294,15 +295,7 @@ class BatchHandler:
         request.status = 200 if error is None else error.status
         if error is not None:
             body = self._body(answers.refusal(error), error, index, request, context)
-        if request.headers.http:
-            for name, text in self._identity.items():
-                context.set_response_header(index, name, text)
-            context.set_response_content_type(index, request.content_type if error is None else answers.JSON)
-            if error is not None:
-                context.set_response_status(error.status, PHRASES[error.status], index)
-        elif not request.headers.describe:
-            # A gRPC stream waits for this header; a REST answer would break on it.
-            context.set_response_header(index, "ts_stream_next", "false")
+        self.envelope.head(context, index, request.headers, request.content_type, error)
         return body
 
     def _answer(self, request: Request, sheet: Sheet) -> Any:
@@ -314,24 +307,9 @@ class BatchHandler:
         return give(request.payload, sheet, request.rows, self.spec, model=self.model, version=self.version)
 
     def _body(self, value: Any, error: BadRequest | None, index: int, request: Request, context: Any) -> bytes:
-        """gRPC answers have neither headers nor statuses: a caller who sets `meta` gets them in the body."""
+        if request.meta:
+            return self.envelope.body(value, request.content_type, error, context, index)
         if isinstance(value, bytes):
-            if not request.meta:
-                return value
-            said = {"content_type": request.content_type}
-            value = base64.b64encode(value).decode("ascii")
-        elif not request.meta:
-            return answers.encode(value)
-        else:
-            said = {}
-        document = {
-            "prediction": value if error is None else None,
-            "status": 200 if error is None else error.status,
-            "model": self.model,
-            "version": self.version,
-            "bundle": self.bundle.digest,
-            "worker": os.getpid(),
-            "request_id": context.get_request_id(index),
-            **said,
-        }
-        return answers.encode(document if error is None else {**document, "reason": error.reason})
+            return value
+        # Whatever `answers.answer` gives was looked through for NaN.
+        return answers.encode(value, finite=request.explanation is None)

@@ -22,10 +22,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from handlers import answers, labels, payloads
+from handlers import answers, labels, payloads, wire
 from handlers.base import FAILED
 from handlers.bundle import Bundle
-from handlers.errors import KINDS, PHRASES, BadRequest, LoadError
+from handlers.envelope import Envelope
+from handlers.errors import KINDS, BadRequest, LoadError
 from handlers.inbox import Inbox
 from handlers.labels import Request
 from handlers.payloads import Headers
@@ -82,16 +83,12 @@ class FeedbackCollector:
                 raise LoadError(f"MAR-INF/MANIFEST.json: {name} is {value!r}; expected printable ASCII")
         settings = WorkerSettings.read(os.environ, context.model_yaml_config)
         settings.apply()
-        self._identity = {
-            "X-Model-Name": self.model,
-            "X-Model-Version": self.version,
-            "X-Bundle-Digest": self.bundle.digest,
-            "X-Worker-Pid": str(os.getpid()),
-        }
+        self.envelope = Envelope(self.model, self.version, self.bundle.digest)
         self._metrics = context.metrics if settings.metrics else None
         self._count({("predict", status): 0 for status in (200, 400, 413, 415, 500, 501, 503)} | {("describe", 200): 0})
         self.inbox = Inbox(settings.spool, {"v": 1, "collector": self.version}, megabytes=settings.spool_mb)
         self.inbox.begin()
+        wire.install(on=settings.wire)
 
     def _read(self, index: int, fields: Any, context: Any, now: float) -> Request:
         request = Request()
@@ -126,29 +123,12 @@ class FeedbackCollector:
                 one.error = error
 
     def _reply(self, index: int, request: Request, context: Any) -> bytes:
-        error, headers = request.error, request.headers
-        if headers.http:
-            for name, text in self._identity.items():
-                context.set_response_header(index, name, text)
-            context.set_response_content_type(index, answers.JSON)
-            if error is not None:
-                context.set_response_status(error.status, PHRASES[error.status], index)
-        elif not headers.describe:
-            # A gRPC stream waits for this header; a REST answer would break on it.
-            context.set_response_header(index, "ts_stream_next", "false")
+        error = request.error
+        self.envelope.head(context, index, request.headers, answers.JSON, error)
         answer = self._answer(request) if error is None else answers.refusal(error)
-        if not request.meta:
-            return answers.encode(answer)
-        document = {
-            "prediction": answer if error is None else None,
-            "status": 200 if error is None else error.status,
-            "model": self.model,
-            "version": self.version,
-            "bundle": self.bundle.digest,
-            "worker": os.getpid(),
-            "request_id": context.get_request_id(index),
-        }
-        return answers.encode(document if error is None else {**document, "reason": error.reason})
+        if request.meta:
+            return self.envelope.body(answer, answers.JSON, error, context, index)
+        return answers.encode(answer)
 
     def _answer(self, request: Request) -> dict[str, Any]:
         if request.sent is None:

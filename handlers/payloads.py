@@ -22,13 +22,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple
 
 from handlers import explanations, instances, kserve
 from handlers.errors import BadRequest
 from handlers.explanations import Ask
-from handlers.spec import ModelSpec, VectorInput
+from handlers.spec import ImageInput, ModelSpec, VectorInput
 
 Form = Literal["stock", "list", "kserve-v1", "kserve-v2"]
 Fields = Mapping[str, Any]
@@ -38,10 +38,14 @@ _EVERY_CONTROL = _CONTROLS | explanations.CONTROLS
 _EXPLAIN_HEADER = "x-explain-"
 _YES = frozenset({"1", "true", "yes", "on"})
 _NO = frozenset({"", "0", "false", "no", "off"})
+_NONE: Mapping[str, str] = MappingProxyType({})
+_MEANT = frozenset({"describe", "explain", "x-top-k", "content-type", "content-length", "x-capture"})
+"""Headers that mean something here, beside `X-Explain-…`."""
+_PICTURES = (b"\x89PNG", b"\xff\xd8\xff")
+"""How the bodies begin that are what most requests are: nothing else can be meant by them."""
 
 
-@dataclass(frozen=True)
-class Headers:
+class Headers(NamedTuple):
     """What a handler needs of a request's headers, found in one pass; names come in the case that the client chose."""
 
     http: bool = False
@@ -50,11 +54,16 @@ class Headers:
     explain: bool = False
     form_encoded: bool = False
     top_k: str | None = None
-    controls: Mapping[str, str] = field(default_factory=dict)
+    controls: Mapping[str, str] = _NONE
     """Of `explanations.CONTROLS`, those that came as headers."""
     capture: str | None = None
     length: int = 0
     """Bytes of the whole body; 0 where that is not said."""
+
+    @property
+    def plain(self) -> bool:
+        """They ask for nothing but a prediction."""
+        return not (self.explain or self.form_encoded) and self.top_k is None and self.capture is None
 
     @classmethod
     def read(cls, headers: Mapping[str, Any]) -> Headers:
@@ -67,11 +76,13 @@ class Headers:
             if not isinstance(value, str):
                 continue
             name = key.lower()
-            if name == "describe":
+            if name not in _MEANT and not name.startswith(_EXPLAIN_HEADER):
+                http = http or not name.startswith("ts_")  # the server's own, for sequences of gRPC requests
+            elif name == "describe":
                 describe = value == "True"
             elif name == "explain":
                 explain = value == "True"
-            elif not name.startswith("ts_"):  # the server's own, for sequences of gRPC requests
+            else:
                 http = True
                 if name == "x-top-k":
                     top_k = value
@@ -86,8 +97,7 @@ class Headers:
         return cls(http, describe, explain, form_encoded, top_k, controls, capture, length)
 
 
-@dataclass(frozen=True)
-class Payload:
+class Payload(NamedTuple):
     """One request that was understood."""
 
     instances: Sequence[Any]
@@ -107,6 +117,10 @@ class Payload:
 
 def parse(fields: Fields, headers: Headers, spec: ModelSpec) -> Payload:
     """`BadRequest` says what is wrong with the request as a whole."""
+    if len(fields) == 1 and headers.plain and isinstance(spec.input, ImageInput):
+        ((name, given),) = fields.items()  # one picture and nothing else, which the rest would come to as well
+        if name not in _CONTROLS and isinstance(given, bytes | bytearray) and given.startswith(_PICTURES):
+            return Payload([given], "stock", min(spec.top_k, len(spec.classes)))
     if headers.form_encoded:
         send = "send it with `curl -T FILE`, or JSON with `-H 'Content-Type: application/json'`"
         raise BadRequest(415, f"form encoding damages a body: {send}")
@@ -127,13 +141,13 @@ def parse(fields: Fields, headers: Headers, spec: ModelSpec) -> Payload:
     payload = _document(given, wanted, spec) if isinstance(given, dict) else _plain(given, wanted, spec)
     said = ({} if headers.capture is None else {"capture": headers.capture}), beside, inside
     if not all(flag(place, "capture") for place in said if "capture" in place):
-        payload = replace(payload, capture=False)
+        payload = payload._replace(capture=False)
     if not explain:
         return payload
     if len(payload.instances) != 1:
         raise BadRequest(422, f"one instance is explained at a time; this request holds {len(payload.instances)}")
     controls = {name: _first(name, headers.controls, beside, inside) for name in explanations.CONTROLS}
-    return replace(payload, ask=Ask.read(controls, spec))
+    return payload._replace(ask=Ask.read(controls, spec))
 
 
 def inputs(fields: Fields, *, explain: bool = False) -> list[str]:

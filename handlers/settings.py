@@ -32,6 +32,8 @@ class WorkerSettings:
     """Threads that one forward pass may use; 1 to 1024."""
     metrics: bool = True
     """Whether this worker counts what it does."""
+    wire: bool = True
+    """Whether the lean codec of `handlers.wire` may take the place of TorchServe's own."""
     capture: float = 0.0
     """Share of the predict requests that are written to the spool; 0 to 1."""
     capture_bodies: bool = True
@@ -130,6 +132,7 @@ def _folder(value: object, name: str) -> Path:
 _READERS: dict[str, Callable[[object, str], Any]] = {
     "threads": _whole(1, 1024),
     "metrics": _switch,
+    "wire": _switch,
     "capture": _number(0.0, 1.0),
     "capture_bodies": _switch,
     "capture_redact": _function,

@@ -18,11 +18,15 @@ from tests.zoo import FEATURES
 
 LABELS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nüll")
 
-HANDLERS = {"digits": "handlers.image_classifier", "diabetes": "handlers.vector_regressor"}
+HANDLERS = {
+    "digits": "handlers.image_classifier",
+    "cifar10": "handlers.image_classifier",
+    "diabetes": "handlers.vector_regressor",
+}
 
 
 def spec(model: str, format: str = "", artifact: str = "", limits: Limits | None = None) -> ModelSpec:
-    """`digits`: 1×16×16 images, ten labels. `diabetes`: ten features, one value."""
+    """`digits`: 1×16×16 images, `cifar10`: 3×32×32, ten labels each. `diabetes`: ten features, one value."""
     common = {"format": format, "artifact": artifact, "run": "0123456789ab", "data_digest": "d" * 16}
     if model == "digits":
         return ModelSpec(
@@ -30,6 +34,12 @@ def spec(model: str, format: str = "", artifact: str = "", limits: Limits | None
             net_args={"channels": 1, "height": 16, "width": 16, "classes": 10, "dropout": 0.5},
             input=ImageInput(1, 16, 16), classes=LABELS, outputs=("probabilities", "embedding"),
             metrics={"accuracy": 0.5}, limits=limits or Limits(), **common,
+        )  # fmt: skip
+    if model == "cifar10":
+        return ModelSpec(
+            task="classification", net="lenet", net_args={"channels": 3, "height": 32, "width": 32, "classes": 10},
+            input=ImageInput(3, 32, 32), classes=LABELS, outputs=("probabilities", "embedding"),
+            limits=limits or Limits(), **common,
         )  # fmt: skip
     return ModelSpec(
         task="regression", net="mlp", net_args={"features": 10, "hidden": 20}, input=VectorInput(FEATURES),
@@ -45,7 +55,7 @@ def graph(model: str) -> ServingGraph:
         made = nets.serving_graph(wanted.net, dict(wanted.net_args), task=wanted.task)
     made.std.fill_(0.3)
     made.mean.fill_(0.1)
-    if model == "digits":
+    if model != "diabetes":
         with torch.no_grad():
             for parameter in made.net.parameters():
                 parameter.mul_(2.0)  # answers that differ from one picture to the next
