@@ -38,7 +38,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,8 +48,10 @@ from handlers.errors import BadRequest
 from handlers.instances import array
 from handlers.payloads import Headers, Payload
 from handlers.redaction import Redaction, Unredacted
-from handlers.settings import WorkerSettings
 from handlers.spec import ModelSpec
+
+if TYPE_CHECKING:  # it imports torch, and whoever reads captured requests needs none
+    from handlers.settings import WorkerSettings
 
 KIND = "requests"
 FOR_LABELS = 0.1

@@ -27,19 +27,19 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageFilter
-from torch import Tensor, nn
 
-from handlers import nets
 from handlers.errors import BadRequest, LoadError
-from handlers.nets import ServingGraph
 from handlers.spec import ImageInput, ModelSpec
+
+if TYPE_CHECKING:  # what computes is imported where it does: whoever only reads an `Ask` needs none of it
+    from torch import Tensor, nn
+
+    from handlers.nets import ServingGraph
 
 IG, SALIENCY, OCCLUSION, GRAD_CAM, SMOOTH_GRAD = METHODS = (
     "integrated-gradients",
@@ -199,6 +199,8 @@ class Explainer:
         self.correction += weight * (min(max(took / expected, 0.25), 4.0) - self.correction)
 
     def _explain(self, row: NDArray[Any], ask: Ask, index: int) -> Explanation:
+        import torch
+
         picture = isinstance(self.spec.input, ImageInput)
         x = self._normalised(row)
         baseline = self._normalised(self._baseline(row, ask.baseline)) if ask.baseline else None
@@ -226,6 +228,8 @@ class Explainer:
 
     def _normalised(self, row: NDArray[Any]) -> Tensor:
         """1×…, a copy."""
+        import torch
+
         with torch.no_grad():
             return self.graph.normalise(torch.tensor(row[None], dtype=torch.float32, device=self.device))
 
@@ -235,6 +239,8 @@ class Explainer:
             mean = self.graph.mean[0].cpu().numpy() * (255.0 if self.spec.task == "classification" else 1.0)
             return np.broadcast_to(mean, row.shape)
         if name == "blur":
+            from PIL import Image, ImageFilter
+
             blur = ImageFilter.GaussianBlur(max(row.shape[1:]) / 8)
             return np.stack([np.asarray(Image.fromarray(channel).filter(blur)) for channel in row])
         return np.full(row.shape, 255.0 if name == "white" else 0.0, np.float32)
@@ -252,6 +258,8 @@ class Explainer:
         return found
 
     def _smooth_grad(self, x: Tensor, baseline: Tensor | None, ask: Ask, index: int) -> Tensor:
+        import torch
+
         noise = _NOISE[self.spec.task]
         if self.spec.task == "classification":
             noise /= float(self.graph.std.mean())
@@ -281,6 +289,8 @@ class Explainer:
         return found
 
     def _grad_cam(self, x: Tensor, baseline: Tensor | None, ask: Ask, index: int) -> Tensor:
+        from torch import nn
+
         method = _captum().LayerGradCam(self._f, self._layer)
         found = method.attribute(x.requires_grad_(), target=index, relu_attributions=True)
         return nn.functional.interpolate(found.detach(), size=x.shape[2:], mode="bilinear", align_corners=False)
@@ -293,6 +303,9 @@ class Explainer:
         """
         if not isinstance(self.spec.input, ImageInput):
             return None
+        import torch
+        from torch import Tensor, nn
+
         seen: list[nn.Module] = []
 
         def look(module: nn.Module, _: Any, out: Any) -> None:
@@ -338,6 +351,8 @@ class Explainer:
         """Seconds of one pass of so many copies, the best of a few: the first is slower, it gets memory and chooses
         kernels. One that is long is not made again.
         """
+        import torch
+
         shape = self.spec.input.shape
         x = self._normalised(np.zeros(shape, np.float32)).repeat(copies, *[1] * len(shape))
         best = math.inf
@@ -400,8 +415,7 @@ class Explainer:
         return low
 
 
-_How = Callable[[Explainer, Tensor, "Tensor | None", Ask, int], Tensor]
-_HOW: dict[str, _How] = {
+_HOW: dict[str, Callable[[Explainer, Tensor, Tensor | None, Ask, int], Tensor]] = {
     IG: Explainer._integrated_gradients,
     SALIENCY: Explainer._saliency,
     OCCLUSION: Explainer._occlusion,
@@ -417,6 +431,10 @@ def load(spec: ModelSpec, model_dir: Path, device: str) -> Explainer | None:
     """
     if not spec.twin:
         return None
+    import torch
+
+    from handlers import nets
+
     try:
         graph = nets.serving_graph(spec.net, dict(spec.net_args), task=spec.task)
         graph.load_state_dict(torch.load(model_dir / spec.twin, map_location="cpu", weights_only=True), strict=True)
