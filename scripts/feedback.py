@@ -25,7 +25,6 @@ from marwright.settings import (
     FeedbackStatusSettings,
     Places,
 )
-from scripts import taught
 
 
 def collect(settings: FeedbackCollectorSettings) -> int:
@@ -95,6 +94,8 @@ def status(settings: FeedbackStatusSettings) -> int:
 
 def forget(settings: FeedbackForgetSettings) -> int:
     """A request that was never heard of is an error, as its id may be mistyped; it is refused from now on, though."""
+    from scripts import taught  # torch and all of training, for a look at a lock
+
     with _open(settings) as store, contextlib.ExitStack() as held:
         for model in store.models():  # a turn that has loaded the picture would write it down after all
             if not held.enter_context(taught.alone(settings, model)):

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import sqlalchemy as sa
-from scipy.stats import binomtest
 
 from marwright.feedback import labelling, tables
 from marwright.feedback.bodies import Bodies
@@ -124,6 +123,8 @@ def unknown(connection: sa.Connection, *, some: int = 5) -> Unknown:
 
 def live(version: str, hits: Sequence[bool]) -> Live:
     """A classifier's accuracy on the instances that were labelled, with its Wilson interval."""
+    from scipy.stats import binomtest  # a second of imports, and not every command counts hits
+
     found = binomtest(sum(hits), len(hits)).proportion_ci(CONFIDENCE, method="wilson")
     low, high = max(0.0, float(found.low)), min(1.0, float(found.high))
     return Live(version, len(hits), sum(hits), sum(hits) / len(hits), low, high, None)

@@ -11,8 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from river import drift
-
 ADWIN_DELTA = 0.002
 """Of one comparison of two windows (Bifet and Gavaldà 2007); river's default."""
 LOST, SUM = 0.005, 50.0
@@ -34,6 +32,8 @@ class Rises:
 
 def rises(outcomes: Iterable[bool]) -> Rises:
     """Of outcomes in the order of their answers, right or wrong."""
+    from river import drift  # brings scikit-learn along: seconds, and who looks at labels alone needs none
+
     adwin = drift.ADWIN(delta=ADWIN_DELTA)  # type: ignore[no-untyped-call]
     page_hinkley = drift.PageHinkley(mode="up", delta=LOST, threshold=SUM)
     found: tuple[list[int], list[int]] = ([], [])

@@ -24,7 +24,6 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import spatial, stats
 
 from marwright.feedback.values import Answered
 from marwright.learning.reference import Reference
@@ -178,6 +177,8 @@ def columns(
 def ks(old: Values, new: Values, *, random: np.random.Generator, permutations: int = PERMUTATIONS) -> Permuted:
     """Kolmogorov-Smirnov of two samples. Where no value occurs twice scipy's p-value, and no `null`; else by
     permutation."""
+    from scipy import stats
+
     both = np.concatenate([old, new])
     ordered = np.sort(both)
     ends = np.flatnonzero(np.append(ordered[1:] != ordered[:-1], True))
@@ -206,6 +207,8 @@ def mmd(
 
     The kernel is Gaussian, as wide as the median distance of all rows. Of more than 500 rows, as many are drawn.
     """
+    from scipy import spatial
+
     old, new = (rows[_drawn(len(rows), random)] for rows in (old, new))
     both = np.concatenate([old, new]).astype(np.float64)
     squared = spatial.distance.squareform(spatial.distance.pdist(both, "sqeuclidean"))

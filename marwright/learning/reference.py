@@ -15,15 +15,17 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from handlers.nets import ServingGraph
 from marwright import files
-from marwright.learning.dataset import Part, pieces
 from marwright.learning.statistics import statistics
+
+if TYPE_CHECKING:  # whoever only reads one needs no torch
+    from handlers.nets import ServingGraph
+    from marwright.learning.dataset import Part
 
 FILE = "reference.npz"
 ROWS = 1000
@@ -73,6 +75,10 @@ class Reference:
 
 def of(graph: ServingGraph, part: Part) -> Reference:
     """The reference of a finished graph (on the CPU)."""
+    import torch
+
+    from marwright.learning.dataset import pieces
+
     count = min(len(part), ROWS)
     positions = torch.linspace(0, len(part) - 1, count, dtype=torch.float64).round().long()
     answers, embeddings, seen = [], [], []

@@ -11,7 +11,6 @@ import math
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import optimize, special, stats
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
@@ -25,6 +24,8 @@ def proportions(lost: int, won: int, examples: int, confidence: float) -> tuple[
     `lost` examples had only the first right, `won` only the second; the difference is second minus first. Right where
     hardly any pair differs, and also where none does: the bounds are then ±z²/(examples + z²).
     """
+    from scipy import optimize, special
+
     z = float(special.ndtri(confidence))
     estimate = (won - lost) / examples
 
@@ -47,6 +48,8 @@ def examples_needed(disagreement: float, margin: float, confidence: float, *, po
     `disagreement` is the share of examples that exactly one of them has right; `power` how often that succeeds. The
     usual normal approximation, with the variance of the score interval.
     """
+    from scipy import special
+
     under_loss = math.sqrt(_variance(disagreement / 2, disagreement / 2, 1, -margin))
     z, z_power = float(special.ndtri(confidence)), float(special.ndtri(power))
     return math.ceil(((z * under_loss + z_power * math.sqrt(disagreement)) / margin) ** 2)
@@ -56,6 +59,8 @@ def means(differences: Floats, confidence: float) -> tuple[float | None, float |
     """Bounds of the mean difference: Student's t, so for a mean of many or of roughly normal values."""
     if len(differences) < 2:
         return None, None
+    from scipy import special, stats
+
     half = float(special.stdtrit(len(differences) - 1, confidence) * stats.sem(differences))
     mean = float(differences.mean())
     return mean - half, mean + half
@@ -63,6 +68,8 @@ def means(differences: Floats, confidence: float) -> tuple[float | None, float |
 
 def medians(values: Floats, confidence: float) -> tuple[float | None, float | None]:
     """Bounds of the median: order statistics, exact whatever the distribution."""
+    from scipy import stats
+
     place = int(stats.binom.ppf(1 - confidence, len(values), 0.5))
     if place < 1:
         return None, None
@@ -72,6 +79,8 @@ def medians(values: Floats, confidence: float) -> tuple[float | None, float | No
 
 def mcnemar(lost: int, won: int) -> float:
     """Two-sided p of the exact test that neither is better; 1 where no pair differs."""
+    from scipy import stats
+
     return float(stats.binomtest(won, lost + won).pvalue) if lost + won else 1.0
 
 
@@ -80,6 +89,8 @@ def drops(lost: Integers, won: Integers) -> Floats:
 
     A group whose p is at most α may be called worse; that any is called so wrongly has probability α at most.
     """
+    from scipy import stats
+
     single = stats.binom.sf(lost - 1, lost + won, 0.5)
     order = np.argsort(single, kind="stable")
     factors = np.arange(len(order), 0, -1)
