@@ -29,21 +29,37 @@ from marwright.learning.tables import (
 
 
 def optimiser(choice: Optimiser, net: nn.Module, *, l2: float) -> torch.optim.Optimizer:
-    """torch's own, over what is not frozen; `l2` is on matrices and kernels alone."""
+    """torch's own, over what is not frozen; `l2` is on matrices and kernels alone.
+
+    Each group has a `scale`: what `set_lr` multiplies its learning rate by. Where torch has a fused step it is used:
+    one pass over a weight instead of one for each operation (an eighth of a step of a small net on a CPU).
+    """
     trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
+    bias = choice.bias_lr if isinstance(choice, Sgd) else 1.0
     groups = [
-        {"params": [one for one in trained if one.ndim > 1], "weight_decay": l2},
-        {"params": [one for one in trained if one.ndim <= 1], "weight_decay": 0.0},
+        {"params": [one for one in trained if one.ndim > 1], "weight_decay": l2, "scale": 1.0},
+        {"params": [one for one in trained if one.ndim <= 1], "weight_decay": 0.0, "scale": bias},
     ]
     groups = [group for group in groups if group["params"]]
+    made: torch.optim.Optimizer
     if isinstance(choice, Sgd):
-        return torch.optim.SGD(groups, choice.lr, momentum=choice.momentum, nesterov=choice.nesterov)
-    if isinstance(choice, Adam):
+        made = torch.optim.SGD(groups, choice.lr, momentum=choice.momentum, nesterov=choice.nesterov, fused=True)
+    elif isinstance(choice, Adam):
         kind = torch.optim.Adam if choice.name == "adam" else torch.optim.AdamW
-        return kind(groups, choice.lr, betas=(choice.beta1, choice.beta2))
-    if isinstance(choice, RmsProp):
-        return torch.optim.RMSprop(groups, choice.lr, alpha=choice.alpha, momentum=choice.momentum)
-    return torch.optim.Adagrad(groups, choice.lr, lr_decay=choice.lr_decay)
+        made = kind(groups, choice.lr, betas=(choice.beta1, choice.beta2), fused=True)
+    elif isinstance(choice, RmsProp):
+        made = torch.optim.RMSprop(groups, choice.lr, alpha=choice.alpha, momentum=choice.momentum)
+    else:
+        fused = not any(one.is_cuda for one in trained)  # torch has it for a CPU alone
+        made = torch.optim.Adagrad(groups, choice.lr, lr_decay=choice.lr_decay, fused=fused)
+    set_lr(made, choice.lr)
+    return made
+
+
+def set_lr(optimiser: torch.optim.Optimizer, lr: float) -> None:
+    """The learning rate from now on, in each group times its `scale`."""
+    for group in optimiser.param_groups:
+        group["lr"] = lr * group["scale"]
 
 
 def factor(schedule: Schedule, *, epoch: float, epochs: int, losses: Sequence[float] = ()) -> float:

@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from handlers.spec import ImageInput, Limits
 
@@ -71,6 +71,8 @@ class Sgd(Table):
     lr: Positive
     momentum: Fraction = 0.0
     nesterov: bool = False
+    bias_lr: Positive = 1.0
+    """Times the learning rate, for biases and norms. Their weight decay is 0 as ever."""
 
 
 class Adam(Table):
@@ -153,10 +155,18 @@ class Regularisation(Table):
     label_smoothing: Fraction = 0.0
     flip: bool = False
     """Mirror half of the training pictures, left to right."""
+    alternate: bool = False
+    """With `flip`: each picture by turns from either side, instead of by chance."""
     crop: Annotated[int, Field(ge=0, le=64)] = 0
     """Pad by so many pixels, then cut the input's size out at a random place."""
     patience: Annotated[int, Field(ge=1)] | None = None
     """Stop after so many epochs without a better validation score; None trains all epochs. The best is kept."""
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if self.alternate and not self.flip:
+            raise ValueError("alternate = true only with flip = true")
+        return self
 
 
 class Training(Table):
@@ -166,6 +176,10 @@ class Training(Table):
     optimiser: Optimiser
     schedule: Schedule = Constant(name="none")
     regularisation: Regularisation = Regularisation()
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of matrix products and convolutions while training; weights and what is served stay float32."""
+    compile: bool = False
+    """Train a compiled net (torch.compile; a CPU needs a C++ compiler for it)."""
 
 
 class LimitsChoice(Table):

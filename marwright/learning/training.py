@@ -25,8 +25,6 @@ from typing import Any
 
 import filelock
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 from torch.nn import functional
 
@@ -34,13 +32,17 @@ from handlers.nets import ServingGraph
 from marwright import files
 from marwright.errors import RunError
 from marwright.learning import (
+    acceleration,
     augmentation,
+    distributed,
     evaluation,
     golden,
     graphs,
     methods,
     optimisation,
+    progressbar,
     provenance,
+    reading,
     reference,
     reporting,
 )
@@ -50,7 +52,7 @@ from marwright.learning.recipe import Recipe
 from marwright.runs import Run
 
 CHECKPOINT = "checkpoint.pt"
-Row = dict[str, float]
+Row = progressbar.Row
 """One epoch: `epoch` (from 1), `lr` at its end, `train_loss`, `validation_loss`, `validation_<metric>`, `seconds`."""
 
 load_graph = graphs.load
@@ -69,18 +71,28 @@ def train(
 ) -> Run:
     """A finished run; at once if the same was trained before. `watch` is called after every whole epoch.
 
+    In a team of processes (`distributed.joined`) all call it alike, and its leader alone writes.
+
     `start`'s weights are the initial ones; RunError if it has another net or other classes. `method` says what is
     learned from, and for how long; without one it is everything, as the recipe says.
     `resume` goes on from the last whole epoch, where there is one. Ctrl-C leaves that epoch's checkpoint and nothing
     half-written.
     """
     start = methods.start_of(method, start)
-    run = Run(run_dir_root / provenance.run_id(recipe, dataset, start, method))
-    if run.finished:
+    run, team = Run(run_dir_root / provenance.run_id(recipe, dataset, start, method)), distributed.team()
+    if (leaders := team.told(run.id)) != run.id:
+        raise RunError(
+            f"process {team.rank} would train {run.id}, and the leader {leaders}",
+            hint="all machines need the same code, recipe and data",
+        )
+    if team.told(run.finished):
         return run
-    run_dir_root.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(run_dir_root / f".{run.id}.lock"):  # a second training of the same waits, and finds it done
-        if run.finished:
+    lock: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+    if team.leader:
+        run_dir_root.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(run_dir_root / f".{run.id}.lock")
+    with lock:  # a second training of the same waits, and finds it done
+        if team.told(run.finished):
             return run
         return _train(run, recipe, dataset, start=start, method=method, resume=resume, progress=progress, watch=watch)
 
@@ -96,8 +108,10 @@ def _train(
     progress: bool,
     watch: Callable[[Row], None] | None,
 ) -> Run:
-    started = time.perf_counter()
+    started, team = time.perf_counter(), distributed.team()
     trainer, checkpoint = Trainer(recipe, dataset, start, method), run.path / CHECKPOINT
+    if not team.leader:
+        return _follow(run, trainer, watch)
     if not resume and run.path.exists():
         shutil.rmtree(run.path)
     for part in run.path.glob(".*.part"):  # of a training that was killed while it wrote
@@ -109,10 +123,13 @@ def _train(
     files.write_json(run.path / "run.json", about)
     files.write_json(run.path / "recipe.json", recipe.to_dict())
     files.write_json(run.path / "split.json", dict(dataset.split))
-    if checkpoint.is_file():
-        trainer.restore(torch.load(checkpoint, map_location=trainer.device, weights_only=True))
+    if team.size > 1:
+        about["processes"] = team.size
+    state = torch.load(checkpoint, map_location=trainer.device, weights_only=True) if checkpoint.is_file() else None
+    if (state := team.told(state)) is not None:
+        trainer.restore(state)
         about["resumed_after_epoch"] = len(trainer.curves)
-    with _bar(recipe.name, trainer.choice.epochs, enabled=progress) as advance:
+    with progressbar.shown(recipe.name, trainer.choice.epochs, enabled=progress) as advance:
         advance(trainer.curves)
         while not trainer.done:
             row = trainer.epoch()
@@ -141,6 +158,20 @@ def _train(
     files.write_text(run.path / "report.html", reporting.page(about, recipe, trainer.curves, scores, dataset))
     files.write_json(run.path / "evaluation.json", {"part": "test", **scores.to_dict()})
     checkpoint.unlink(missing_ok=True)
+    team.told(True)
+    return run
+
+
+def _follow(run: Run, trainer: Trainer, watch: Callable[[Row], None] | None) -> Run:
+    """What those do that are not the leader: the same steps, and no files."""
+    state = trainer.team.told(None)
+    if state is not None:
+        trainer.restore(state)
+    while not trainer.done:
+        row = trainer.epoch()
+        if watch is not None:
+            watch(row)
+    trainer.team.told(True)  # it is written
     return run
 
 
@@ -156,7 +187,9 @@ class Trainer:
         self.plan: Plan | None = None
         self.answers: Tensor | None = None
         self.choice = recipe.training
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.team = distributed.team()
+        self.device = self.team.device
+        acceleration.require(self.choice, self.device)
         with self._seeded("weights", 0):
             graph = graphs.build(recipe, dataset)
             if start is not None:
@@ -167,6 +200,8 @@ class Trainer:
         if method is not None and not method.everything:
             self._follow(method, start)
         self.optimiser = optimisation.optimiser(self.choice.optimiser, self.graph.net, l2=self.choice.regularisation.l2)
+        self._net = acceleration.called(self.team.shared(self.graph.net), self.choice)
+        self._sides: tuple[int, Tensor] | None = None
         self.curves: list[Row] = []
         self.best_epoch = 0
         self.best_state = _copy(self.graph)
@@ -183,26 +218,35 @@ class Trainer:
         number = len(self.curves)
         with self._seeded("dropout", number):
             loss, lr = self._pass(number)
-        scores = evaluation.evaluate(self.graph, self.validation, classes=self.dataset.classes, embedded=self._frozen)
-        if not (math.isfinite(loss) and math.isfinite(scores.loss)):
+        judged, metric, score = self._judged()
+        if not (math.isfinite(loss) and math.isfinite(judged)):
             raise RunError(
                 f"training came apart in epoch {number + 1}: the loss is {loss}",
                 hint=f"try a lower learning rate than {self.choice.optimiser.lr:g} (`--lr`)",
             )
-        metric = next(iter(scores.metrics))
         self.curves.append(
             {
                 "epoch": number + 1,
                 "lr": lr,
                 "train_loss": loss,
-                "validation_loss": scores.loss,
-                f"validation_{metric}": scores.metrics[metric],
+                "validation_loss": judged,
+                f"validation_{metric}": score,
                 "seconds": round(time.perf_counter() - began, 4),
             }
         )
         if best_epoch(self.curves) == number + 1:
             self.best_epoch, self.best_state = number + 1, _copy(self.graph)
         return self.curves[-1]
+
+    def _judged(self) -> tuple[float, str, float]:
+        """The loss on the validation part, the metric's name and its value: what the leader finds."""
+        found = (0.0, "", 0.0)
+        if self.team.leader:
+            classes, frozen = self.dataset.classes, self._frozen
+            scores = evaluation.evaluate(self.graph, self.validation, classes=classes, embedded=frozen)
+            metric = next(iter(scores.metrics))
+            found = (scores.loss, metric, scores.metrics[metric])
+        return self.team.told(found)
 
     def best(self) -> ServingGraph:
         """The graph with the best epoch's weights, on the CPU."""
@@ -236,26 +280,42 @@ class Trainer:
             batches = batches[:-1]
         losses = [row["validation_loss"] for row in self.curves]
         total, lr = torch.zeros((), device=self.device), 0.0
+        shares = [self.team.take(len(batch)) for batch in batches]
+        mine = [batch.positions[share.here] for batch, share in zip(batches, shares, strict=True)]
+        read = reading.batches(part, mine, ahead=self.dataset.streamed and not self._frozen)
         self.graph.train()
-        for step, batch in enumerate(batches):
+        for step, (batch, share, (inputs, targets)) in enumerate(zip(batches, shares, read, strict=True)):
             # The middle of a step: a warm-up does not waste its first one, a cosine not its last.
             now = number + (step + 0.5) / len(batches)
             lr = choice.optimiser.lr * optimisation.factor(
                 choice.schedule, epoch=now, epochs=choice.epochs, losses=losses
             )
-            for group in self.optimiser.param_groups:
-                group["lr"] = lr
-            inputs, targets = part.take(batch.positions)
+            optimisation.set_lr(self.optimiser, lr)
+            self.team.share = share
+            inputs, targets = inputs.to(self.device), targets.to(self.device)
             if (regular.flip or regular.crop) and not self._frozen:
-                inputs = augmentation.augment(inputs, flip=regular.flip, crop=regular.crop, generator=generator)
-            loss = self._loss(inputs.to(self.device), targets.to(self.device), *batch.again)
+                moves = self._moves(batch, number, generator)
+                inputs = augmentation.moved(inputs, moves.of(share.here, self.device))
+            loss = self._loss(inputs, targets, *batch.again)
             self.optimiser.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
+            (loss * share.weight if self.team.size > 1 else loss).backward()  # type: ignore[no-untyped-call]
             if regular.l1:
                 optimisation.penalise(self.graph.net.parameters(), regular.l1)
             self.optimiser.step()
-            total += loss.detach() * len(batch)
-        return float(total) / sum(map(len, batches)), lr
+            total += loss.detach() * (len(batch) * share.weight / self.team.size)
+        return float(self.team.summed(total)) / sum(map(len, batches)), lr
+
+    def _moves(self, batch: Batch, number: int, generator: torch.Generator) -> augmentation.Moves:
+        """What chance says of the whole batch, in whichever process."""
+        regular, mirrored = self.choice.regularisation, None
+        if regular.alternate:
+            if self._sides is None or self._sides[0] != number:
+                same = torch.Generator().manual_seed(_seed(self.choice.seed, "sides", 0))
+                self._sides = number, augmentation.sides(len(self.part), epoch=number, generator=same)
+            mirrored = self._sides[1][batch.positions]
+        return augmentation.draw(
+            len(batch), flip=regular.flip, crop=regular.crop, generator=generator, mirrored=mirrored
+        )
 
     def _loss(self, inputs: Tensor, targets: Tensor, again: Tensor | None = None) -> Tensor:
         """Of one batch, whose last examples are those `again` of the buffer."""
@@ -275,8 +335,9 @@ class Trainer:
         x = self.graph.normalise(inputs)
         if self.graph.task == "classification":
             x = x.contiguous(memory_format=torch.channels_last)
-        out: Tensor = self.graph.net(x)
-        return out
+        with acceleration.computing(self.choice, self.device):
+            out = self._net(x)
+        return out.float()
 
     def _error(self, out: Tensor, targets: Tensor) -> Tensor:
         if self.graph.task == "classification":
@@ -293,6 +354,11 @@ class Trainer:
         if start is None:
             raise RunError(
                 f"method {method.name} goes on from a run, and there is none", hint="train from scratch: method scratch"
+            )
+        if self.team.size > 1:
+            raise RunError(
+                f"method {method.name} is for one process, and this is a team of {self.team.size}",
+                hint="run it without torchrun; only training from scratch or warm is shared",
             )
         plan = methods.plan(method, self.choice, self.dataset, start)
         if method.frozen:
@@ -335,24 +401,3 @@ def _save(path: Path, state: dict[str, Any]) -> None:
     torch.save(state, stream)
     with files.replacing(path) as temporary:
         temporary.write_bytes(stream.getbuffer())
-
-
-@contextlib.contextmanager
-def _bar(name: str, epochs: int, *, enabled: bool) -> Iterator[Callable[[list[Row]], None]]:
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-        TextColumn("{task.fields[scores]}"),
-    )  # fmt: skip
-    console = Console()
-    with Progress(*columns, console=console, disable=not (enabled and console.is_terminal)) as bar:
-        task = bar.add_task(f"training {name}", total=epochs, scores="")
-
-        def advance(curves: list[Row]) -> None:
-            last = curves[-1] if curves else {}
-            shown = {name: value for name, value in last.items() if name not in ("epoch", "lr", "seconds")}
-            scores = "  ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in shown.items())
-            bar.update(task, completed=len(curves), scores=scores)
-            if enabled and last and not bar.console.is_terminal:  # a log gets a line for each epoch, not a moving bar
-                bar.console.print(f"epoch {len(curves)} of {epochs}  {scores}", soft_wrap=True)
-
-        yield advance
