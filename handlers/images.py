@@ -5,6 +5,10 @@ asked about went through the same lines.
 
     image = images.decode(path.read_bytes(), spec.input, spec.limits)     # C×H×W uint8
     image = images.fit(digits[0], spec.input)                             # the same, from an H×W or H×W×C array
+    images.decode_into(batch[row], path.read_bytes(), spec.input, spec.limits)      # the same, into that row
+
+`spec.input.decoder` is "turbo" (plain PNGs and JPEGs by faster codecs, see `handlers.turbo`; the rest by Pillow) or
+"pillow" (all of it by Pillow). They give the same pixels. Whichever is named must be here: see `require`.
 
 Transparent pixels are laid on white, EXIF orientation is obeyed, the first frame of an animation is taken, CMYK becomes
 RGB, 1 and 16 bits become 8, and colour becomes grey (ITU-R 601) where the model has one channel.
@@ -12,9 +16,11 @@ RGB, 1 and 16 bits become 8, and colour becomes grey (ITU-R 601) where the model
 
 from __future__ import annotations
 
+import functools
 import io
 import re
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -25,9 +31,13 @@ from handlers.errors import BadRequest, LoadError
 from handlers.spec import ImageInput, Limits
 
 Pixels = NDArray[np.uint8]
+Encoded = bytes | bytearray | memoryview
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 """What may be sent. Pillow reads some forty formats; the others stay closed."""
+
+DECODERS = ("turbo", "pillow")
+"""What `spec.input.decoder` may name."""
 
 _NOT_AN_IMAGE = "not an image: PNG, JPEG, WebP, BMP and GIF are read"
 _SIGNATURES = re.compile(rb"\x89PNG|\xff\xd8\xff|RIFF....WEBP|BM|GIF8", re.DOTALL)
@@ -45,19 +55,60 @@ _QUIET = ("ignore", None, UserWarning, re.compile(r"PIL\."), 0)
 
 def require(decoder: str) -> None:
     """`LoadError` unless the decoder that training used is here, with every format it must read. Never a fallback."""
-    if decoder != "pillow":
-        raise LoadError(f"spec.json names the decoder {decoder!r}, which this bundle does not have; it has: pillow")
+    _quick(decoder)
     missing = [codec for codec in ("zlib", "jpg", "webp") if not features.check(codec)]
     if missing:
         raise LoadError(f"this Pillow was built without {', '.join(missing)}; install the wheel from PyPI")
 
 
-def decode(encoded: bytes | bytearray, wanted: ImageInput, limits: Limits) -> Pixels:
-    """C×H×W. `BadRequest`: 400 empty or damaged, 413 over `limits`, 415 not one of `FORMATS`."""
-    if not encoded:
+def decode(encoded: Encoded, wanted: ImageInput, limits: Limits) -> Pixels:
+    """C×H×W and writable. `BadRequest`: 400 empty or damaged, 413 over `limits`, 415 not one of `FORMATS`."""
+    out = np.empty(wanted.shape, np.uint8)
+    decode_into(out, encoded, wanted, limits)
+    return out
+
+
+def decode_into(out: Pixels, encoded: Encoded, wanted: ImageInput, limits: Limits) -> None:
+    """`decode` into `out`, C×H×W: a row of a batch. After a `BadRequest` it holds what it held."""
+    if not len(encoded):
         raise BadRequest(400, "the image is empty: no bytes arrived")
     if len(encoded) > limits.max_bytes:
         raise BadRequest(413, f"the image has {len(encoded)} bytes; at most {limits.max_bytes} are read")
+    quick = _quick(wanted.decoder)
+    pixels = quick(encoded, most=limits.max_pixels, side=_whole(wanted)) if quick else None
+    if pixels is None:
+        _write(out, _by_pillow(encoded, wanted, limits), wanted)
+    elif pixels.shape == (wanted.height, wanted.width, wanted.channels):
+        out[...] = pixels.transpose(2, 0, 1)
+    else:
+        _write(out, _picture(pixels), wanted)
+
+
+@functools.cache
+def _quick(decoder: str) -> Callable[..., Pixels | None] | None:
+    """What this decoder asks before Pillow: None for "pillow"."""
+    if decoder not in DECODERS:
+        known = ", ".join(DECODERS)
+        raise LoadError(f"spec.json names the decoder {decoder!r}, which this bundle does not have; it has: {known}")
+    if decoder == "pillow":
+        return None
+    try:
+        from handlers import turbo
+    except ImportError as error:
+        raise LoadError(
+            f"spec.json names the decoder 'turbo', and it cannot be imported here ({error}); "
+            "pip install deflate pyspng simplejpeg where the server runs"
+        ) from None
+    return turbo.decode
+
+
+def _whole(wanted: ImageInput) -> int:
+    """The side to which a JPEG may be decoded smaller. Either way up: its orientation is not known yet."""
+    return _OVERSAMPLE * max(wanted.width, wanted.height)
+
+
+def _by_pillow(encoded: Encoded, wanted: ImageInput, limits: Limits) -> Image.Image:
+    """Decoded and upright, not yet of the size or the mode."""
     if _QUIET not in warnings.filters:
         warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
     try:
@@ -76,36 +127,23 @@ def decode(encoded: bytes | bytearray, wanted: ImageInput, limits: Limits) -> Pi
             raise BadRequest(413, f"the image has {columns}×{rows} pixels; at most {limits.max_pixels} are read")
         try:
             if image.format in ("JPEG", "MPO"):
-                # Either way up: the orientation is not known yet.
-                side = _OVERSAMPLE * max(wanted.width, wanted.height)
-                image.draft(None, (side, side))
+                image.draft(None, (_whole(wanted), _whole(wanted)))
             image.load()
-            return fit(_upright(image), wanted)
+            return _opaque(_upright(image))
         except (BadRequest, MemoryError):
             raise
         except Exception:
             raise BadRequest(400, "the image is damaged or cut short") from None
 
 
-def fit(image: Image.Image | NDArray[Any], wanted: ImageInput) -> Pixels:
-    """C×H×W and writable, from any Pillow image or from an H×W or H×W×C array (see `eight_bits`).
+def fit(image: NDArray[Any], wanted: ImageInput) -> Pixels:
+    """C×H×W and writable, from an H×W or H×W×C array (see `eight_bits`).
 
     `BadRequest` 422 for an array of another shape or with values out of range.
     """
-    if isinstance(image, np.ndarray):
-        if image.ndim == 3 and image.shape[2] == 1:
-            image = image[:, :, 0]
-        if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] not in (3, 4)) or 0 in image.shape:
-            raise BadRequest(422, f"an image has H×W, H×W×1, H×W×3 or H×W×4 values, not {_by(image.shape)}")
-        image = Image.fromarray(np.ascontiguousarray(eight_bits(image)))
-    image = _opaque(image)
-    mode = "L" if wanted.channels == 1 else "RGB"
-    if image.mode != mode:
-        image = image.convert(mode)
-    image = _resized(image, wanted)
-    if wanted.channels == 1:
-        return np.array(image)[np.newaxis]
-    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+    out = np.empty(wanted.shape, np.uint8)
+    _write(out, _opaque(_picture(image)), wanted)
+    return out
 
 
 def eight_bits(values: NDArray[Any]) -> Pixels:
@@ -128,6 +166,23 @@ def eight_bits(values: NDArray[Any]) -> Pixels:
             raise BadRequest(422, "floating-point pixels must lie in 0 to 1; send whole numbers for 0 to 255")
         return np.rint(values.astype(np.float32) * 255).astype(np.uint8)
     raise BadRequest(422, f"pixels must be numbers, not {values.dtype}")
+
+
+def _picture(image: NDArray[Any]) -> Image.Image:
+    if image.ndim == 3 and image.shape[2] == 1:
+        image = image[:, :, 0]
+    if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] not in (3, 4)) or 0 in image.shape:
+        raise BadRequest(422, f"an image has H×W, H×W×1, H×W×3 or H×W×4 values, not {_by(image.shape)}")
+    return Image.fromarray(np.ascontiguousarray(eight_bits(image)))
+
+
+def _write(out: Pixels, image: Image.Image, wanted: ImageInput) -> None:
+    """An opaque picture, brought to mode and size."""
+    mode = "L" if wanted.channels == 1 else "RGB"
+    if image.mode != mode:
+        image = image.convert(mode)
+    pixels = np.asarray(_resized(image, wanted))
+    out[...] = pixels if wanted.channels == 1 else pixels.transpose(2, 0, 1)
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -2,6 +2,7 @@
 
     instances.array({"b64": "iVBORw0…"}, spec)       # uint8 C×H×W
     instances.array([0.03, 0.05, …], spec)           # float32 F
+    instances.write(batch[row], instance, spec)      # the same, into a row of a batch
 
 For a model of images an instance is encoded bytes, base64 text (a data URI too), `.npy` bytes, or numbers of the shape
 H×W, H×W×C or C×H×W; an array that has the model's own C×H×W is read so, another that could mean both is refused.
@@ -25,39 +26,51 @@ from handlers.spec import ImageInput, Limits, ModelSpec, VectorInput
 
 Array = NDArray[Any]
 
+Encoded = bytes | bytearray | memoryview
+
 KEYS = ("data", "image", "b64", "body")
 """In an object, one of these holds the input."""
 
 _NPY = b"\x93NUMPY"
 _JSON_NAMES = {str: "text", dict: "an object", type(None): "null", bool: "true or false", int: "one number",
-               float: "one number", bytes: "bytes", bytearray: "bytes"}  # fmt: skip
+               float: "one number", bytes: "bytes", bytearray: "bytes", memoryview: "bytes"}  # fmt: skip
 
 
 def array(instance: Any, spec: ModelSpec) -> Array:
     """uint8 C×H×W or float32 F; `BadRequest` where that cannot be."""
-    if isinstance(spec.input, VectorInput):
-        return _row(instance, spec.input)
+    out = np.empty(spec.input.shape, np.uint8 if isinstance(spec.input, ImageInput) else np.float32)
+    write(out, instance, spec)
+    return out
+
+
+def write(out: Array, instance: Any, spec: ModelSpec) -> None:
+    """`array` into `out`, which has its shape and dtype. After a `BadRequest` it holds what it held."""
+    wanted = spec.input
+    if isinstance(wanted, VectorInput):
+        out[...] = _row(instance, wanted)
+        return
     if isinstance(instance, dict):
         instance = held(instance)
     given = opened(instance, spec)
-    if isinstance(given, bytes | bytearray):
-        return images.decode(given, spec.input, spec.limits)
-    return _image(numbers(given), spec.input, spec.limits)
+    if isinstance(given, Encoded):
+        images.decode_into(out, given, wanted, spec.limits)
+    else:
+        out[...] = _image(numbers(given), wanted, spec.limits)
 
 
 def opened(given: Any, spec: ModelSpec) -> Any:
     """Text → the bytes in it, `.npy` bytes → their array; the rest as it is."""
     if isinstance(spec.input, VectorInput):
-        if isinstance(given, bytes | bytearray | str):
+        if isinstance(given, Encoded | str):
             if not given:
                 raise BadRequest(400, "the body is empty")
-            if isinstance(given, str) or not given.startswith(_NPY):
+            if isinstance(given, str) or given[:6] != _NPY:
                 raise BadRequest(415, "expected a row of numbers: JSON or a .npy file")
             return _npy(given)
         return given
     if isinstance(given, str):
         given = _base64(given, spec.limits)
-    if isinstance(given, bytes | bytearray) and given.startswith(_NPY):
+    if isinstance(given, Encoded) and given[:6] == _NPY:
         return _npy(given)
     return given
 
@@ -140,7 +153,7 @@ def _image(values: Array, wanted: ImageInput, limits: Limits) -> images.Pixels:
     return images.fit(values, wanted)
 
 
-def _npy(given: bytes | bytearray) -> Array:
+def _npy(given: Encoded) -> Array:
     try:
         return numbers(_read_npy(given))
     except (BadRequest, MemoryError):
@@ -149,7 +162,7 @@ def _npy(given: bytes | bytearray) -> Array:
         raise BadRequest(400, "the .npy file is damaged, or holds objects") from None
 
 
-def _read_npy(given: bytes | bytearray) -> Array:
+def _read_npy(given: Encoded) -> Array:
     """Like `np.load`, which trusts the header and would reserve whatever size it claims."""
     stream = io.BytesIO(given)
     version = np.lib.format.read_magic(stream)

@@ -30,14 +30,14 @@ class ImageInput:
     """One image: `channels`×`height`×`width` uint8 after decoding and resizing.
 
     `resize` is "stretch" (both sides to size, aspect ratio given up) or "crop" (shorter side to size, centre kept).
-    `decoder` names the one library that may decode: training used it, so serving must.
+    `decoder` names what may decode, a key of `handlers.images.DECODERS`: training used it, so serving must.
     """
 
     channels: int
     height: int
     width: int
     resize: Resize = "stretch"
-    decoder: str = "pillow"
+    decoder: str = "turbo"
 
     def __post_init__(self) -> None:
         _check(self.channels in (1, 3), "input.channels", self.channels, "1 or 3")

@@ -39,6 +39,8 @@ class Data(Table):
     height: Side | None = None
     width: Side | None = None
     resize: Literal["stretch", "crop"] = "stretch"
+    decoder: Literal["turbo", "pillow"] = "turbo"
+    """What decodes pictures, in training and in the worker. Both give the same pixels; "pillow" needs Pillow alone."""
     validation_share: Share = 0.1
     test_share: Share = 0.2
     """Taken from all examples where the data has no test part of its own."""
@@ -51,7 +53,7 @@ class Data(Table):
         """What a picture is made into; None for rows of numbers."""
         if self.channels is None or self.height is None or self.width is None:
             return None
-        return ImageInput(self.channels, self.height, self.width, self.resize)
+        return ImageInput(self.channels, self.height, self.width, self.resize, self.decoder)
 
 
 class NetChoice(Table):
