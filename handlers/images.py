@@ -36,8 +36,8 @@ Encoded = bytes | bytearray | memoryview
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 """What may be sent. Pillow reads some forty formats; the others stay closed."""
 
-DECODERS = ("turbo", "pillow")
-"""What `spec.input.decoder` may name."""
+PACKAGES = {"turbo": ("pillow", "deflate", "pyspng", "simplejpeg"), "pillow": ("pillow",)}
+"""What `spec.input.decoder` may name, and what each needs."""
 
 _NOT_AN_IMAGE = "not an image: PNG, JPEG, WebP, BMP and GIF are read"
 _SIGNATURES = re.compile(rb"\x89PNG|\xff\xd8\xff|RIFF....WEBP|BM|GIF8", re.DOTALL)
@@ -87,8 +87,8 @@ def decode_into(out: Pixels, encoded: Encoded, wanted: ImageInput, limits: Limit
 @functools.cache
 def _quick(decoder: str) -> Callable[..., Pixels | None] | None:
     """What this decoder asks before Pillow: None for "pillow"."""
-    if decoder not in DECODERS:
-        known = ", ".join(DECODERS)
+    if decoder not in PACKAGES:
+        known = ", ".join(PACKAGES)
         raise LoadError(f"spec.json names the decoder {decoder!r}, which this bundle does not have; it has: {known}")
     if decoder == "pillow":
         return None
@@ -97,7 +97,7 @@ def _quick(decoder: str) -> Callable[..., Pixels | None] | None:
     except ImportError as error:
         raise LoadError(
             f"spec.json names the decoder 'turbo', and it cannot be imported here ({error}); "
-            "pip install deflate pyspng simplejpeg where the server runs"
+            f"pip install {' '.join(PACKAGES[decoder])} where the server runs"
         ) from None
     return turbo.decode
 

@@ -30,7 +30,7 @@ class ImageInput:
     """One image: `channels`×`height`×`width` uint8 after decoding and resizing.
 
     `resize` is "stretch" (both sides to size, aspect ratio given up) or "crop" (shorter side to size, centre kept).
-    `decoder` names what may decode, a key of `handlers.images.DECODERS`: training used it, so serving must.
+    `decoder` names what may decode, a key of `handlers.images.PACKAGES`: training used it, so serving must.
     """
 
     channels: int

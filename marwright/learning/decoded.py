@@ -12,10 +12,10 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
-import PIL
 from rich.progress import track
 
 from handlers import images
@@ -101,6 +101,8 @@ def _decode(found: Examples, image: ImageInput, limits: Limits) -> Iterator[Arra
 
 def _key(found: Examples, image: ImageInput, limits: Limits) -> str:
     order = hashlib.sha256("\n".join(found.digests).encode()).hexdigest()
-    code = files.sha256(Path(images.__file__))
-    text = f"{found.digest}|{order}|{image}|{limits}|{code}|{PIL.__version__}"
+    home = Path(images.__file__).parent
+    code = [files.sha256(home / name) for name in ("images.py", "turbo.py")]
+    versions = [metadata.version(name) for name in images.PACKAGES[image.decoder]]
+    text = f"{found.digest}|{order}|{image}|{limits}|{code}|{versions}"
     return hashlib.sha256(text.encode()).hexdigest()[:32]

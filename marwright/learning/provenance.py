@@ -24,7 +24,7 @@ from marwright.learning.methods import Method
 from marwright.learning.recipe import Recipe
 from marwright.runs import Run
 
-PACKAGES = ("torch", "torchvision", "numpy", "pillow", "scikit-learn")
+PACKAGES = ("torch", "torchvision", "numpy", "pillow", "deflate", "pyspng", "simplejpeg", "scikit-learn")
 HERE = Path(__file__).parent
 HANDLERS = Path(handlers.__file__).parent
 
@@ -58,7 +58,7 @@ def recipe_digest(recipe: Recipe) -> str:
 
 def code_digest() -> str:
     """sha256 of the nets, the decoder and this room: what turns data and a recipe into weights."""
-    sources = [HANDLERS / "nets.py", HANDLERS / "images.py", *sorted(HERE.glob("*.py"))]
+    sources = [HANDLERS / "nets.py", HANDLERS / "images.py", HANDLERS / "turbo.py", *sorted(HERE.glob("*.py"))]
     lines = [f"{path.parent.name}/{path.name} {files.sha256(path)}" for path in sources]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
