@@ -1,7 +1,7 @@
 """Our archives on the real TorchServe: every odd request over REST and gRPC, batches, KServe, descriptions, identity.
 
 One server for all: digits 1.0 (the default), digits 1.1 (the same net; batches of exactly eight, or a wait of four
-seconds) and diabetes-mlp 1.0.
+seconds) and diabetes-mlp 1.0. All of it twice: with the lean wire codec and with TorchServe's own.
 """
 
 from __future__ import annotations
@@ -33,8 +33,20 @@ EIGHT = {"batch_size": 8, "max_batch_delay": 4000, "workers": 1}
 MODELS = {"digits": "digits", "diabetes": "diabetes-mlp"}
 
 
+WIRES = {"on": "lean", "off": "stock: switched off"}
+
+
+@pytest.fixture(scope="module", params=list(WIRES))
+def wire(request: pytest.FixtureRequest) -> Iterator[str]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MARWRIGHT_WIRE", request.param)
+        yield request.param
+
+
 @pytest.fixture(scope="module")
-def home(digits: Built, regressor: Built, tmp_path_factory: pytest.TempPathFactory) -> Iterator[torchserve.Home]:
+def home(
+    wire: str, digits: Built, regressor: Built, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[torchserve.Home]:
     folder = tmp_path_factory.mktemp("serving")
     store = folder / "store"
     first = archives.build(digits.run, store)
@@ -192,13 +204,29 @@ def test_kserve_of_the_regressor(client: Client, regressor: Built) -> None:
     assert answered["data"] == pytest.approx([next(iter(each.values())) for each in one_by_one], rel=1e-5)
 
 
-def test_describe_says_what_exactly_is_serving(client: Client, digits: Built) -> None:
+def test_describe_says_what_exactly_is_serving(client: Client, digits: Built, wire: str) -> None:
     said = client.describe("digits", customized=True)[0].customized
+    assert said["wire"] == WIRES[wire]
     assert said["run"] == digits.run.id
     assert said["bundle"] == digits.record.bundle
     assert said["labels"] == [str(digit) for digit in range(10)]
     assert said["metrics"] == pytest.approx(dict(digits.record.metrics))
     assert client.describe_grpc("digits", "1.0", customized=True)[0].customized["bundle"] == digits.record.bundle
+
+
+def test_the_servers_own_figure_of_a_prediction_is_told(client: Client, digits: Built) -> None:
+    client.predict("digits", digits.golden[0].body)
+    until = time.monotonic() + 10
+    while "PredictionTime{" not in client.metrics() and time.monotonic() < until:
+        time.sleep(0.1)
+    assert "PredictionTime{" in client.metrics()
+
+
+def test_a_body_of_many_megabytes_comes_whole_and_is_refused_by_us(client: Client, digits: Built) -> None:
+    with pytest.raises(ServerRefused) as caught:
+        client.predict("digits", b"\x89PNG" + bytes(19_000_000))
+    assert caught.value.status == 413
+    assert client.predict("digits", digits.golden[0].body).status == 200
 
 
 def test_a_grpc_stream_has_one_answer_and_kills_no_worker(client: Client, digits: Built) -> None:

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:Exception ignored in.*version.txt:pytest.PytestUnraisableExceptionWarning"
 )
 
-FAST = settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
+FAST = settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 @pytest.fixture(scope="module")
@@ -127,9 +127,8 @@ def test_damaged_frames_end_alike(data: bytes, changes: list[tuple[int, int]], s
     damaged = bytearray(data)
     for at, value in changes:
         damaged[at % len(damaged)] = value
-    (ours, error), (theirs, other) = read_by_ours(bytes(damaged), sizes), read_by_ts(bytes(damaged), sizes)
+    (ours, _), (theirs, _) = read_by_ours(bytes(damaged), sizes), read_by_ts(bytes(damaged), sizes)
     assert plain(ours) == plain(theirs)
-    assert issubclass(error, SystemExit | Exception) and issubclass(other, SystemExit | Exception)
 
 
 @FAST
