@@ -104,6 +104,8 @@ class ArchiveSettings(ExportSettings):
 
     version: str | None = None
     """Instead of the next one: 1.0, 1.1, …"""
+    profile: Literal["latency", "throughput"] | None = None
+    """Workers, batch size, delay and threads for few clients or for many, instead of the recipe's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -377,6 +379,26 @@ class LoadtestSettings(Places):
     """Of arrivals and of the mix."""
     out: Path = Path("loadtest.csv")
     """Where every single result goes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneSettings(Places):
+    """Find how a model is served best on this machine, by load on a TorchServe of its own, in bounded time."""
+
+    model: str = "digits"
+    """Name of the model; its newest archive, or the run that it came from, is what is tried."""
+    target: str = "p99=20ms"
+    """What must hold for every client, counted from when a request was due: p50=1ms, p99=20ms, p99.9=50ms."""
+    minutes: float = 5.0
+    """How long to search, all in all."""
+    connections: int = 128
+    """How many clients the load comes from."""
+    write: bool = False
+    """Put what was found into the recipe's [serving]; everything else in the file stays as it is."""
+    html: Path | None = None
+    """Write a self-contained page with the curves there."""
+    beside: bool = False
+    """Go on although this project's server runs here: each will slow the other."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,7 +38,10 @@ def archived(settings: ArchiveSettings) -> tuple[ArchiveRecord, bool, Standing]:
     """The archive of the recipe's run, whether it is new, and what that means for the version that answers."""
     if settings.version is not None:
         records.check_version(settings.version)  # before anything is trained for it
-    return stored(settings, *export.exported(settings), version=settings.version)
+    chosen, run, artifact = export.exported(settings)
+    if settings.profile is not None:
+        chosen = chosen.model_copy(update={"serving": chosen.serving.under(settings.profile)})
+    return stored(settings, chosen, run, artifact, version=settings.version)
 
 
 def stored(

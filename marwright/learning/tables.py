@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -197,7 +198,15 @@ class LimitsChoice(Table):
 class Serving(Table):
     """How the model is exported, and what goes into the archive's `model-config.yaml`."""
 
+    PROFILES: ClassVar[Mapping[str, Mapping[str, int]]] = {
+        "latency": {"workers": 1, "batch_size": 1, "max_batch_delay": 1, "threads": 1},
+        "throughput": {"workers": 2, "batch_size": 16, "max_batch_delay": 1, "threads": 1},
+    }
+    """Few clients, many clients. Fixed numbers, so that a recipe makes the same archive on every machine."""
+
     format: Literal["onnx", "eager"] = "onnx"
+    profile: Literal["latency", "throughput"] | None = None
+    """Sets those of the next four keys that are not given."""
     workers: Annotated[int, Field(ge=1, le=1024)] = 1
     batch_size: Annotated[int, Field(ge=1, le=4096)] = 16
     max_batch_delay: Annotated[int, Field(ge=1, le=60_000)] = 1
@@ -212,3 +221,14 @@ class Serving(Table):
     capture: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Share of the requests that workers keep to learn from, where the machine gives them a spool."""
     limits: LimitsChoice = LimitsChoice()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _filled(cls, given: Any) -> Any:
+        """What the profile says, under what the recipe says itself. An unknown profile is refused by its field."""
+        profile = given.get("profile") if isinstance(given, dict) else None
+        return {**cls.PROFILES[profile], **given} if isinstance(profile, str) and profile in cls.PROFILES else given
+
+    def under(self, profile: str) -> Self:
+        """With all that the profile sets, whatever the recipe says."""
+        return self.model_copy(update={"profile": profile, **self.PROFILES[profile]})
