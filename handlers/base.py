@@ -120,7 +120,7 @@ class BatchHandler:
     def preprocess(self, data: Sequence[Any], context: Any) -> Batch:
         """Parse and decode each request by itself."""
         requests: list[Request] = []
-        arrays: list[NDArray[Any]] = []
+        array, filled = self._rows(len(data)), 0
         for index, fields in enumerate(data):
             request = Request()
             requests.append(request)
@@ -141,9 +141,11 @@ class BatchHandler:
                 if request.payload.ask is not None and self.explainer is not None:
                     request.call = "explain"
                     self.explainer.admit(request.payload.ask)
-                decoded = self._decode(request.payload)
-                request.rows = slice(len(arrays), len(arrays) + len(decoded))
-                arrays += decoded
+                end = filled + len(request.payload.instances)
+                if end > len(array):
+                    array = np.concatenate([array[:filled], self._rows(end - filled + len(data))])
+                self._decode(request.payload, array[filled:end])
+                request.rows, filled = slice(filled, end), end
             except BadRequest as error:
                 request.error = error
             except Exception:
@@ -151,7 +153,7 @@ class BatchHandler:
                 request.error = BadRequest(500, _OURS)
             finally:
                 request.seconds = time.perf_counter() - begun
-        return Batch(np.stack(arrays) if arrays else runtime.blank(self.spec, 0), requests)
+        return Batch(array[:filled], requests)
 
     def inference(self, batch: Batch) -> dict[str, NDArray[Any]]:
         """Run the array in chunks; where a chunk fails, its rows are run one by one, so that only the culprit fails.
@@ -249,6 +251,7 @@ class BatchHandler:
         self.explainer = explanations.load(self.spec, model_dir, self.runtime.device)
         batch_size = max(1, int(properties.get("batch_size") or 1))
         self.chunk = max(_CHUNK, batch_size)
+        self._dtype = runtime.blank(self.spec, 0).dtype
         loaded = time.perf_counter()
         self.widths = runtime.warm_up(self.runtime, self.spec, {1, batch_size})
         self.envelope = Envelope(self.model, self.version, self.bundle.digest)
@@ -261,16 +264,20 @@ class BatchHandler:
         self.recorder.begin()
         self.wire = wire.install(on=self.settings.wire)
 
-    def _decode(self, payload: Payload) -> list[NDArray[Any]]:
+    def _rows(self, count: int) -> NDArray[Any]:
+        """For so many instances, not yet written."""
+        return np.empty((count, *self.spec.input.shape), self._dtype)
+
+    def _decode(self, payload: Payload, rows: NDArray[Any]) -> None:
+        """One row for each instance. Of a request that is refused the next one takes the rows."""
         if payload.form == "stock":
-            return [instances.array(payload.instances[0], self.spec)]
-        decoded = []
+            instances.write(rows[0], payload.instances[0], self.spec)
+            return
         for index, instance in enumerate(payload.instances):
             try:
-                decoded.append(instances.array(instance, self.spec))
+                instances.write(rows[index], instance, self.spec)
             except BadRequest as error:
                 raise error.at(index) from None
-        return decoded
 
     def _alone(self, row: NDArray[Any], index: int) -> dict[str, NDArray[Any]]:
         try:
