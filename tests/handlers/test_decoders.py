@@ -133,6 +133,9 @@ ODD = {
     "png-one-bit": zoo.encoded(photo(24, 20, "1")),
     "png-transparent-colour": zoo.encoded(photo(24, 20), transparency=(0, 0, 0)),
     "png-exif-at-the-end": png((24, 20), RGB, _STREAM, after=chunk(b"eXIf", zoo.oriented(6)[30:60])),
+    "png-chunk-amid-the-rows": png(
+        (24, 20), RGB, _STREAM[99:], between=chunk(b"IDAT", _STREAM[:99]) + chunk(b"sRGB", b"\0")
+    ),
     "png-text": png((24, 20), RGB, _STREAM, between=chunk(b"tEXt", b"exif\0")),
     "png-interlaced": png((24, 20), RGB[:4] + b"\1", _STREAM),
     "png-odd-compression": png((24, 20), b"\x08\x02\1\0\0", _STREAM),
