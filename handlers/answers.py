@@ -78,6 +78,9 @@ class Sheet:
 
 def answer(payload: Payload, sheet: Sheet, rows: slice, spec: ModelSpec, *, model: str, version: str) -> Any:
     """What to send, as JSON-ready values. `BadRequest` 500 where the model gave NaN or infinity."""
+    if payload.form == "stock" and spec.task == "classification" and sheet.finite[rows.start]:
+        best, k = rows.start, payload.top_k
+        return dict(zip(sheet.labels[best][:k], sheet.values[best][:k], strict=True))
     if not all(sheet.finite[rows]):
         raise BadRequest(500, "the model gave no finite answer to this input")
     values = sheet.values[rows]

@@ -38,6 +38,7 @@ _EVERY_CONTROL = _CONTROLS | explanations.CONTROLS
 _EXPLAIN_HEADER = "x-explain-"
 _YES = frozenset({"1", "true", "yes", "on"})
 _NO = frozenset({"", "0", "false", "no", "off"})
+_SPECIAL = (_EXPLAIN_HEADER, "ts_")
 _NONE: Mapping[str, str] = MappingProxyType({})
 _MEANT = frozenset({"describe", "explain", "x-top-k", "content-type", "content-length", "x-capture"})
 """Headers that mean something here, beside `X-Explain-…`."""
@@ -76,13 +77,13 @@ class Headers(NamedTuple):
             if not isinstance(value, str):
                 continue
             name = key.lower()
-            if name not in _MEANT and not name.startswith(_EXPLAIN_HEADER):
-                http = http or not name.startswith("ts_")  # the server's own, for sequences of gRPC requests
+            if name not in _MEANT and not name.startswith(_SPECIAL):
+                http = True
             elif name == "describe":
                 describe = value == "True"
             elif name == "explain":
                 explain = value == "True"
-            else:
+            elif not name.startswith("ts_"):  # the server's own, for sequences of gRPC requests
                 http = True
                 if name == "x-top-k":
                     top_k = value

@@ -18,6 +18,8 @@ from tests.zoo import FEATURES
 
 LABELS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nüll")
 
+MODELS = ("digits", "diabetes")
+"""What the zoo is asked with; benchmarks ask `cifar10`, too."""
 HANDLERS = {
     "digits": "handlers.image_classifier",
     "cifar10": "handlers.image_classifier",

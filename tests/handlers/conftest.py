@@ -70,7 +70,7 @@ def diabetes(request: pytest.FixtureRequest, threads: None, ready: Any) -> Start
     return ready("diabetes", request.param)
 
 
-@pytest.fixture(params=[(model, format) for model in archives.HANDLERS for format in ("eager", "onnx")], ids="-".join)
+@pytest.fixture(params=[(model, format) for model in archives.MODELS for format in ("eager", "onnx")], ids="-".join)
 def started(request: pytest.FixtureRequest, threads: None, ready: Any) -> Started:
     """Both handlers, in each format."""
     return ready(*request.param)
