@@ -16,17 +16,18 @@ MODEL ?= $(basename $(notdir $(RECIPE)))
 # Options that a target passes on when they are given: make archive RECIPE=cifar10 DATA=cifar10.zip EPOCHS=5
 recipe_options = --recipe '$(RECIPE)' $(if $(DATA),--data '$(DATA)') $(if $(EPOCHS),--epochs $(EPOCHS)) $(if $(SEED),--seed $(SEED))
 format_option = $(if $(FORMAT),--format $(FORMAT))
+profile_option = $(if $(PROFILE),--profile $(PROFILE))
 version_option = $(if $(VERSION),--version $(VERSION))
 model_option = $(if $(filter command line environment,$(origin MODEL) $(origin RECIPE)),--model '$(MODEL)')
 policy_option = $(if $(POLICY),--policy '$(POLICY)')
 
-.PHONY: help setup serve stop status watch predict explain exporter token train export archive rollout rollback releases reconcile release retrain collector ingest labels feedback forget drift prune demo-loop soak loadtest test sweep lint bench clean
+.PHONY: help setup serve stop status watch predict explain exporter token train export archive rollout rollback releases reconcile release retrain collector ingest labels feedback forget drift prune demo-loop soak loadtest tune test sweep lint bench clean
 
 help: ## print this
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo
-	@echo "  variables: RECIPE=digits DATA=folder-or-zip EPOCHS= SEED= FORMAT=onnx|eager VERSION= MODEL= IMAGE= GRPC=1"
-	@echo "             POLICY=file.toml DRY_RUN=1 RESUME=1 WAIT=1 NEW=folder-or-zip EVERY=1h RATE= SECONDS= GRPC_SHARE="
+	@echo "  variables: RECIPE=digits DATA=folder-or-zip EPOCHS= SEED= FORMAT=onnx|eager PROFILE=latency|throughput VERSION= MODEL= IMAGE= GRPC=1"
+	@echo "             POLICY=file.toml DRY_RUN=1 RESUME=1 WAIT=1 NEW=folder-or-zip EVERY=1h RATE= SECONDS= GRPC_SHARE= TARGET= MINUTES="
 
 setup: $(STAMP) ## make the virtual environment (the other targets do it themselves)
 
@@ -39,7 +40,7 @@ $(STAMP): pyproject.toml requirements.lock
 	@touch $@
 
 serve: $(STAMP) ## train, export, archive, start TorchServe, wait for a real answer
-	@$(BIN)/marwright serve $(recipe_options) $(format_option) $(version_option)
+	@$(BIN)/marwright serve $(recipe_options) $(format_option) $(profile_option) $(version_option)
 
 stop: $(STAMP) ## stop TorchServe; returns when it has ended
 	@$(BIN)/marwright stop
@@ -71,7 +72,7 @@ export: $(STAMP) ## export a run as an artifact
 	@$(BIN)/marwright export $(recipe_options) $(format_option)
 
 archive: $(STAMP) ## package a run into model_store/
-	@$(BIN)/marwright archive $(recipe_options) $(format_option) $(version_option)
+	@$(BIN)/marwright archive $(recipe_options) $(format_option) $(profile_option) $(version_option)
 
 rollout: $(STAMP) ## bring the newest version (or VERSION=) to answer, behind the gate; RESUME=1, DRY_RUN=1, WAIT=1
 	@$(BIN)/marwright rollout $(VERSION) $(model_option) $(policy_option) $(if $(RESUME),--resume) $(if $(DRY_RUN),--dry-run) $(if $(WAIT),--wait)
@@ -121,6 +122,9 @@ soak: $(STAMP) ## half an hour of the loop with random kills, and a ledger of ev
 loadtest: $(STAMP) ## open-loop load, every answer checked: make loadtest RATE=200 SECONDS=30 GRPC_SHARE=0.5
 	@rm -f loadtest.csv; $(BIN)/marwright loadtest $(model_option) $(if $(RATE),--rate $(RATE)) $(if $(SECONDS),--seconds $(SECONDS)) $(if $(GRPC_SHARE),--grpc-share $(GRPC_SHARE)) --out loadtest.csv; \
 	status=$$?; $(BIN)/marwright loadreport loadtest.csv --html loadtest.html; exit $$status
+
+tune: $(STAMP) ## batch size, delay, workers, threads, format by load on this machine: make tune MODEL=cifar10 [TARGET=p99=20ms] [MINUTES=5] [WRITE=1]
+	@$(BIN)/marwright tune --model '$(MODEL)' $(if $(TARGET),--target '$(TARGET)') $(if $(MINUTES),--minutes $(MINUTES)) $(if $(WRITE),--write) --html tune.html
 
 test: $(STAMP) ## ruff, mypy and the whole test suite, the real server included
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -40,6 +40,7 @@ VERBS = {
     "drift": "whether requests are still what the model has learned from",
     "loadtest": "send requests at their due times and check every answer",
     "loadreport": "what a load test found",
+    "tune": "find the best batch size, delay, workers, threads and format on this machine",
     "activate": "write JAVA_HOME and TS_CONFIG_FILE into the venv's activate",
 }
 

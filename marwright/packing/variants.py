@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zipfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -22,9 +23,10 @@ from marwright.packing.records import ArchiveRecord
 CONFIG = "model-config.yaml"
 
 
-def serving(folder: Path) -> dict[str, int]:
-    """What an unpacked archive says of workers, batch_size, max_batch_delay and threads."""
-    document = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
+def serving(path: Path) -> dict[str, int]:
+    """What a `.mar` says of workers, batch_size, max_batch_delay and threads."""
+    with zipfile.ZipFile(path) as archive:
+        document = yaml.safe_load(archive.read(CONFIG))
     return {
         "workers": int(document["minWorkers"]),
         "batch_size": int(document["batchSize"]),

@@ -11,10 +11,13 @@ import contextlib
 import shutil
 import signal
 import socket
+import sys
 import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 from marwright import files
 from marwright.release import properties
@@ -37,11 +40,12 @@ def server(config: Path) -> Iterator[Server]:
     folder = Path(tempfile.mkdtemp(prefix="mw"))  # short: worker sockets are in it
     found: Server | None = None
     try:
-        store = folder / "store"
-        store.mkdir()
-        files.write_text(store / properties.SERVING, moved(properties.serving_text(config, store, ())))
-        found = Server(store / properties.SERVING, home=folder, temp=folder, spool=folder / "spool")
-        yield found
+        with terminable():
+            store = folder / "store"
+            store.mkdir()
+            files.write_text(store / properties.SERVING, moved(properties.serving_text(config, store, ())))
+            found = Server(store / properties.SERVING, home=folder, temp=folder, spool=folder / "spool")
+            yield found
     finally:
         with uninterrupted():
             if found is not None:
@@ -57,16 +61,33 @@ def moved(text: str) -> str:
 
 
 @contextlib.contextmanager
+def terminable() -> Iterator[None]:
+    """SIGTERM ends what is inside as Ctrl-C does: with all that is to be cleaned up."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        sys.exit(128 + number)
+
+    with _handling(signal.SIGTERM, end):
+        yield
+
+
+@contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
     """A second Ctrl-C does not stop the cleaning up after the first."""
+    with _handling(signal.SIGINT, signal.SIG_IGN), _handling(signal.SIGTERM, signal.SIG_IGN):
+        yield
+
+
+@contextlib.contextmanager
+def _handling(number: int, handler: Any) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    before = signal.signal(number, handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(number, before)
 
 
 def _free_ports(count: int) -> list[int]:
