@@ -173,7 +173,7 @@ def test_a_description_says_what_is_serving_and_shares_a_batch(started: Any) -> 
     answer, bad = context.ask(handler, [Sent({}, {"describe": "True"}), Sent({}, HTTP)])
     assert (answer.status, bad.status, answer.headers) == (200, 400, {})
     assert answer.json == {
-        "wire": "stock: this process is not TorchServe's",
+        "wire": handler.wire,
         "model": handler.model,
         "version": "1.0",
         "bundle": handler.bundle.digest,

@@ -219,6 +219,19 @@ def test_threads_are_set_and_never_inherited(environ: dict[str, str], config: An
 
 
 @pytest.mark.parametrize(
+    ("environ", "config", "wire"),
+    [
+        ({}, {}, True),
+        ({"MARWRIGHT_WIRE": "off"}, {}, False),
+        ({}, {"handler": {"wire": False}}, False),
+        ({"MARWRIGHT_WIRE": "on"}, {"handler": {"wire": False}}, True),
+    ],
+)
+def test_the_lean_codec_is_on_unless_switched_off(environ: dict[str, str], config: Any, wire: bool) -> None:
+    assert WorkerSettings.read(environ, config).wire is wire
+
+
+@pytest.mark.parametrize(
     ("environ", "config", "cause"),
     [
         ({"MARWRIGHT_THREADS": "many"}, {}, "MARWRIGHT_THREADS is 'many'"),
