@@ -51,11 +51,11 @@ def launch(settings: TrainSettings) -> int:
     with tempfile.TemporaryDirectory(prefix="marwright-train-") as name, _handlers_kept(), _environment(settings, name):
         words = [*_options(settings, Path(name)), "--module", "scripts", "train", *_words(settings)]
         try:
-            arguments = run.parse_args(words)
+            arguments = run.parse_args(words)  # type: ignore[no-untyped-call]
         except SystemExit:
             raise SettingsError(f"torchrun does not take {settings.torchrun!r}", hint="see `torchrun --help`") from None
         try:
-            run.run(arguments)
+            run.run(arguments)  # type: ignore[no-untyped-call]
         except ChildFailedError as error:
             raise RunError(
                 f"training by {settings.nproc} processes ended after {arguments.max_restarts} restarts: "

@@ -117,7 +117,7 @@ class Team:
         _exchange(net, self)
         # Norms keep their running statistics alike by themselves: nothing else needs to be sent around.
         ids = [self.local] if self.device.type == "cuda" else None
-        return DistributedDataParallel(net, device_ids=ids, broadcast_buffers=False)
+        return DistributedDataParallel(net, device_ids=ids, forward_sync_buffers=False)
 
     def _wait(self) -> None:
         self.summed(torch.zeros(1, device=self.device))
@@ -167,8 +167,8 @@ def restarted() -> bool:
 class SharedNorm(nn.Module):
     """A batch norm over the whole batch, wherever its examples are. Same parameters and buffers, same names.
 
-    Mean and variance are summed over the processes one after the other, which loses no digits; torch.distributed's
-    differentiable sum brings the gradients back.
+    Mean and variance are summed over the processes one after the other, which loses no digits; gradients come
+    back by the same sums.
     """
 
     running_mean: Tensor | None
@@ -187,8 +187,8 @@ class SharedNorm(nn.Module):
         mean, var = self.running_mean, self.running_var
         if self.training:
             axes = [axis for axis in range(x.ndim) if axis != 1]
-            wide = x.float()
-            count = _sum(torch.full((1,), float(x.numel() // x.shape[1]), device=x.device))
+            wide = x.to(torch.promote_types(x.dtype, torch.float32))
+            count = _sum(wide.new_full((1,), x.numel() // x.shape[1]))
             mean = _sum(wide.sum(axes)) / count
             var = _sum(((wide - mean.reshape(_column(x))) ** 2).sum(axes)) / count
             self._remember(mean.detach(), (var * count / (count - 1).clamp(min=1)).detach())
@@ -205,8 +205,8 @@ class SharedNorm(nn.Module):
             return
         self.num_batches_tracked.add_(1)
         share = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
-        self.running_mean.lerp_(mean, share)
-        self.running_var.lerp_(var, share)
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), share)
+        self.running_var.lerp_(var.to(self.running_var.dtype), share)
 
 
 class SharedDropout(nn.Module):
@@ -234,10 +234,24 @@ def _exchange(net: nn.Module, team: Team) -> None:
             _exchange(child, team)
 
 
-def _sum(value: Tensor) -> Tensor:
-    from torch.distributed.nn.functional import all_reduce
+class _Sum(torch.autograd.Function):
+    """The sum over all processes, each of which has its own loss: the gradient is the sum of all theirs."""
 
-    summed: Tensor = all_reduce(value)  # type: ignore[no-untyped-call]
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        summed = value.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(summed)
+        return summed
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        summed = gradients[0].clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(summed)
+        return summed
+
+
+def _sum(value: Tensor) -> Tensor:
+    summed: Tensor = _Sum.apply(value)
     return summed
 
 

@@ -21,6 +21,8 @@ from marwright.learning.recipe import Recipe
 from marwright.runs import Run
 
 CHUNK = 4096
+PREPARED = 2048
+"""Examples, evenly from the training part, that a net may look at before it learns."""
 
 
 def problems(recipe: Recipe) -> list[str]:
@@ -72,7 +74,10 @@ def build(recipe: Recipe, dataset: Dataset) -> ServingGraph:
     else:
         net = nets.build(recipe.net.name, **net_args(recipe, width=width), **recipe.net.args)
     if recipe.task == "classification":
-        return ServingGraph(net, task=recipe.task, mean=mean, std=std)
+        graph = ServingGraph(net, task=recipe.task, mean=mean, std=std)
+        few = torch.linspace(0, len(dataset.train) - 1, min(PREPARED, len(dataset.train))).long()
+        net.prepare(graph.normalise(dataset.train.take(few)[0]))
+        return graph
     targets = dataset.train.targets.double()
     spread = float(targets.std(unbiased=False))
     return ServingGraph(

@@ -195,8 +195,9 @@ class Trainer:
             if start is not None:
                 graphs.warm(graph, start, recipe, dataset)
         self.graph = graph.to(self.device)
+        self.layout = acceleration.layout(self.graph.net, self.device)
         if recipe.task == "classification":
-            self.graph = self.graph.to(memory_format=torch.channels_last)
+            self.graph = self.graph.to(memory_format=self.layout)
         if method is not None and not method.everything:
             self._follow(method, start)
         self.optimiser = optimisation.optimiser(self.choice.optimiser, self.graph.net, l2=self.choice.regularisation.l2)
@@ -334,7 +335,7 @@ class Trainer:
             return self.graph.net.head(inputs)
         x = self.graph.normalise(inputs)
         if self.graph.task == "classification":
-            x = x.contiguous(memory_format=torch.channels_last)
+            x = x.contiguous(memory_format=self.layout)
         with acceleration.computing(self.choice, self.device):
             out = self._net(x)
         return out.float()

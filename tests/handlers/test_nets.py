@@ -14,6 +14,7 @@ IMAGES = {
     "small_cnn": ({"channels": 1, "height": 16, "width": 16, "classes": 10}, 128),
     "lenet": ({"channels": 3, "height": 32, "width": 32, "classes": 10}, 84),
     "cifar_resnet": ({"channels": 3, "height": 32, "width": 32, "classes": 10, "blocks": 1}, 64),
+    "fast_net": ({"channels": 3, "height": 32, "width": 32, "classes": 10}, 64),
 }
 ROWS = {"mlp": ({"features": 10}, 20), "linear": ({"features": 10}, None)}
 

@@ -15,6 +15,7 @@ from tests.learning.conftest import RECIPES, document, tiny
 
 SHIPPED = (
     "cifar10",
+    "cifar10-fast",
     "cifar10-resnet",
     "diabetes-linear",
     "diabetes-mlp",
