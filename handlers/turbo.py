@@ -99,7 +99,7 @@ def _stream(encoded: Encoded) -> bytes | None:
         if name == b"IDAT":
             parts.append(encoded[at + 8 : end])
         elif name == b"IEND":
-            return b"".join(parts) if parts and not length else None
+            return b"".join(parts) if parts else None
         elif parts or _HARMLESS.get(name) != length or not _intact(encoded, at, end):
             return None
         at = end + 4
@@ -150,7 +150,7 @@ def _jpeg(encoded: Encoded, most: int, side: int) -> Pixels | None:
         elif marker not in _TABLES and not _known(encoded, at, marker, length):
             return None
         at += 2 + length
-    if not 0 < columns * rows <= most or min(columns, rows) >= 2 * side or encoded[1] != 0xD8:
+    if not 0 < columns * rows <= most or min(columns, rows) >= 2 * side:
         return None
     pixels: Pixels = simplejpeg.decode_jpeg(encoded, "GRAY" if layers == 1 else "RGB")
     return pixels

@@ -128,6 +128,8 @@ ODD = {
     "jpeg-no-end": zoo.encoded(photo(24, 20), "JPEG")[:-2],
     "jpeg-half": zoo.encoded(photo(24, 20), "JPEG")[:500],
     "jpeg-short-jfif": b"\xff\xd8\xff\xe0\0\x08JFIF\0\1" + zoo.encoded(photo(24, 20), "JPEG")[20:],
+    "jpeg-short-adobe": b"\xff\xd8\xff\xee\0\x07Adobe" + zoo.encoded(photo(24, 20), "JPEG")[2:],
+    "jpeg-no-start": b"\xff\0" + zoo.encoded(photo(24, 20), "JPEG")[2:],
     "png-alpha": zoo.encoded(photo(24, 20, "RGBA")),
     "png-palette": zoo.encoded(photo(24, 20).quantize(8)),
     "png-one-bit": zoo.encoded(photo(24, 20, "1")),
@@ -304,14 +306,15 @@ def test_limits_hold_before_a_codec_sees_the_file(monkeypatch: pytest.MonkeyPatc
         raise AssertionError("a codec was asked")
 
     large = {name: body for name, body in PLAIN.items() if "301" in name or "blocks" in name}
-    expected = {name: outcome(body, "pillow", limits=Limits(max_pixels=61_102)) for name, body in large.items()}
+    limits, shape = Limits(max_pixels=61_102), (3, 48, 64)
+    expected = {name: outcome(body, "pillow", shape, limits) for name, body in large.items()}
     for module, function in ((turbo.deflate, "zlib_decompress"), (turbo.simplejpeg, "decode_jpeg")):
         monkeypatch.setattr(module, function, never)
     assert large
     for name, body in large.items():
         assert expected[name][0] == 413
-        assert outcome(body, "turbo", limits=Limits(max_pixels=61_102)) == expected[name]
-        assert outcome(body, "turbo", limits=Limits(max_bytes=len(body) - 1))[0] == 413
+        assert outcome(body, "turbo", shape, limits) == expected[name]
+        assert outcome(body, "turbo", shape, Limits(max_bytes=len(body) - 1))[0] == 413
 
 
 HOSTILE = """
