@@ -21,7 +21,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from handlers import images, instances, turbo
-from handlers.errors import BadRequest, LoadError
+from handlers.errors import BadRequest
 from handlers.spec import ImageInput, Limits, ModelSpec
 from tests import zoo
 
@@ -390,11 +390,6 @@ print(sys.modules.keys() & {{"deflate", "pyspng", "simplejpeg", "handlers.turbo"
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
     )
     assert done.stdout.strip() == "set()", done.stderr
-
-
-def test_an_unknown_decoder_is_named_with_those_that_are_here() -> None:
-    with pytest.raises(LoadError, match=r"'spng'.*turbo, pillow"):
-        images.require("spng")
 
 
 def test_a_spec_keeps_its_decoder_and_one_of_old_says_pillow() -> None:
