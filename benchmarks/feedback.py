@@ -104,6 +104,29 @@ def run(sizes: list[int], database: str | None) -> None:
             print(row, flush=True)
 
 
+def run_within(sizes: list[int], seconds: float) -> None:
+    """Sizes of SQLite that are not in the raw file yet, smallest first, as long as they should fit into `seconds`: a
+    size takes as long for each request as the one before it took, and half as much again."""
+    began = time.monotonic()
+    each = 0.0
+    for count in sorted(sizes):
+        if RESULTS.exists():
+            with RESULTS.open(encoding="utf-8") as file:
+                there = [row for row in csv.DictReader(file) if row["database"] == "sqlite"]
+            mine = [float(row["seconds"]) for row in there if int(row["requests"]) == count]
+            if mine:
+                each = max(each, sum(mine) / count)
+                continue
+        expected = 1.5 * each * count
+        left = seconds - (time.monotonic() - began)
+        if expected > left:
+            print(f"{count} requests would take {expected / 60:.0f} minutes, {left / 60:.0f} are left", flush=True)
+            return
+        before = time.monotonic()
+        run([count], None)
+        each = (time.monotonic() - before) / count
+
+
 def show() -> None:
     """The last measurement of each, as a table."""
     with RESULTS.open(encoding="utf-8") as file:

@@ -259,9 +259,7 @@ def server_start(place: Path, folder: Path, what: str) -> dict[str, float]:
         began = time.time()
         running = home.server.start()
         times.append(("the launcher returns", time.time()))
-        ticks = int(Path(f"/proc/{running.pid}/stat").read_text().rpartition(")")[2].split()[19])
-        age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
-        born = time.time() - age
+        begun = born(running.pid)
         _wait(lambda: _open(port))
         times.append(("the port is open", time.time()))
         with home.client(timeout=30.0) as client:
@@ -269,7 +267,13 @@ def server_start(place: Path, folder: Path, what: str) -> dict[str, float]:
             times.append(("READY", time.time()))
             _wait(lambda: _answers(client, model, body))
             times.append(("the first answer", time.time()))
-    return {"the JVM's process": born - began} | {name: when - began for name, when in times}
+    return {"the JVM's process": begun - began} | {name: when - began for name, when in times}
+
+
+def born(pid: int) -> float:
+    """When a process began, in `time.time()`'s seconds, to 10 ms. psutil goes by a clock that was set since."""
+    ticks = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    return time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
 
 
 def plain(home: torchserve.Home) -> None:

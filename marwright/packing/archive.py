@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,8 @@ def build(
     used: Collection[str] = (),
 ) -> tuple[ArchiveRecord, bool]:
     """The archive of these members and its record, as `write`; `facts` are the record's fields that no file tells."""
-    content = _content_digest(_digests(members))
+    digests = _digests(members)
+    content = _content_digest(digests)
     body = dict(members)
     store.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(store / ".archive.lock"):  # two builds at a time must not choose one number
@@ -99,19 +101,22 @@ def build(
         # Where only the file was lost, the same content makes the same bytes again.
         number = same[-1].version if same else _free_number(store, model, version, used)
         body[MANIFEST] = _manifest(model, number, handler, artifact)
-        digests = (json.dumps(_digests(body), indent=2, sort_keys=True) + "\n").encode()
-        body[DIGESTS] = digests
+        digests |= _digests({MANIFEST: body[MANIFEST]})
+        listing = (json.dumps(digests, indent=2, sort_keys=True) + "\n").encode()
+        body[DIGESTS] = listing
         file = f"{model}-{number}.mar"
         with files.replacing(store / file) as temporary:
             container.write(temporary, body)
-            replay.prove(temporary)
+            with ThreadPoolExecutor(1) as beside:  # a gigabyte takes a second, and the proof waits for another process
+                sha256 = beside.submit(files.sha256, temporary)
+                replay.prove(temporary)
             record = ArchiveRecord(
                 model=model,
                 version=number,
                 file=file,
-                sha256=files.sha256(temporary),
+                sha256=sha256.result(),
                 size=temporary.stat().st_size,
-                bundle=hashlib.sha256(digests).hexdigest()[:16],
+                bundle=hashlib.sha256(listing).hexdigest()[:16],
                 content=content,
                 **facts,
             )
