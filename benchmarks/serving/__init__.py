@@ -5,8 +5,8 @@
     python -m benchmarks.serving show
 
 Everything serves the same weights and gives the same answer, the top five as `{label: probability}`; every answer is
-checked. `material` makes archives, pictures and the answers that are right, `systems` and `peers` say how each server is
-started and tuned, `load` (and load.c) asks, `run` goes through the rounds, `report` makes the page's section.
+checked. `material` makes archives, pictures and the answers that are right, `systems` and `peers` say how each server
+is started and tuned, `load` (and load.c) asks, `run` goes through the rounds, `report` makes the page's section.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@
     made.nets["small"].onnx, made.nets["small"].weights
     made.pictures["png32"][0].encoded, made.answer("small", "png32", 0)
 
-The nets learn from 300 pictures of each class for a few epochs: what they answer matters here, how often they are right
-does not. A picture is chosen so that the numbers of its best six labels are all at least 0.003 apart for the net that is
-asked: then labels must agree exactly, in order, though numbers may differ by 0.001.
+The nets learn from 300 pictures of each class for a few epochs: what they answer matters here, how often they are
+right does not. A picture is chosen so that the numbers of its best six labels are all at least 0.003 apart for the net
+that is asked: then labels must agree exactly, in order, though numbers may differ by 0.001.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from benchmarks.serving.names import KINDS
 from handlers import images
 from handlers.nets import ServingGraph
 from handlers.spec import Limits
@@ -35,15 +36,6 @@ from marwright.runs import Run
 ROOT = Path(__file__).parent.parent.parent
 RECIPES = {"small": "cifar10", "resnet": "cifar10-resnet"}
 EPOCHS = {"small": 4, "resnet": 2}
-KINDS = {
-    "png32": "PNG 32×32",
-    "jpeg32": "JPEG 32×32",
-    "png224": "PNG 224×224",
-    "jpeg224": "JPEG 224×224",
-    "png1080": "PNG 1920×1080",
-    "jpeg1080": "JPEG 1920×1080",
-    "raw32": "raw tensor 3×32×32",
-}
 COUNT = {"png1080": 4, "jpeg1080": 4}
 APART = 0.003
 K = 5
@@ -117,7 +109,7 @@ def make(folder: Path, data_path: Path | None) -> Material:
     made = Material(folder, nets)
     found = originals(small)
     for name, net in nets.items():
-        kinds = KINDS if name == "small" else ("png32",)
+        kinds = tuple(KINDS) if name == "small" else ("png32",)
         made.pictures[name] = {kind: _pictures(net, kind, found) for kind in kinds}
     return made
 

@@ -11,6 +11,7 @@ import base64
 import contextlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -37,13 +38,27 @@ def install(name: str, work: Path) -> None:
     if stamp.is_file() and stamp.read_bytes() == wanted:
         return
     print(f"installing {name} into {folder}", flush=True)
-    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+    python = _python(wanted.decode())
+    if python is None:
+        return
+    subprocess.run([python, "-m", "venv", "--clear", str(folder)], check=True)
     pip = [str(folder / "bin" / "pip"), "install", "--quiet", "--disable-pip-version-check"]
     done = subprocess.run([*pip, "--requirement", str(_folder(name) / "requirements.txt")], check=False)
-    if done.returncode == 0:
+    if done.returncode == 0:  # else its row will say that it could not be installed
         stamp.write_bytes(wanted)
-    else:
-        print(f"{name} could not be installed; its row will say so", flush=True)
+
+
+def _python(requirements: str) -> str | None:
+    """This Python, or the one that a line `# python3.10` names: a wheel may work with no other. None: not here."""
+    found = re.search(r"^# (python3\.\d+)$", requirements, re.MULTILINE)
+    if found is None:
+        return sys.executable
+    shelf = Path.home() / ".pyenv" / "versions"
+    candidates = [shutil.which(found[1]), *(str(one) for one in sorted(shelf.glob(f"*/bin/{found[1]}")))]
+    for one in candidates:
+        if one and subprocess.run([one, "--version"], capture_output=True).returncode == 0:
+            return one
+    return None
 
 
 def _folder(name: str) -> Path:
@@ -92,7 +107,7 @@ def _peer(name: str, **variables: str) -> Callable[[Material, Path, str], Abstra
                 start_new_session=True,
             )
         try:
-            yield Served(port, begun, log=log)
+            yield Served(port, begun, log=log, ended=lambda: process.poll() is not None)
         finally:
             process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -111,6 +126,12 @@ def _mlserver_body(net: Net, kind: str, encoded: bytes) -> tuple[bytes, str, Map
     return json.dumps(document).encode(), "application/json", {}
 
 
+def _bentoml_body(net: Net, kind: str, encoded: bytes) -> tuple[bytes, str, Mapping[str, str]]:
+    """A batchable endpoint's own form: a list of one."""
+    document = {"encoded": [base64.b64encode(encoded).decode()]}
+    return json.dumps(document).encode(), "application/json", {}
+
+
 def _triton_body(net: Net, kind: str, encoded: bytes) -> tuple[bytes, str, Mapping[str, str]]:
     """v2 with the binary extension: a JSON header, then each element after its length in four bytes."""
     one = {"name": "image", "shape": [1, 1], "datatype": "BYTES", "parameters": {"binary_data_size": len(encoded) + 4}}
@@ -124,30 +145,18 @@ def _as_it_is(net: Net, kind: str, encoded: bytes) -> tuple[bytes, str, Mapping[
     return encoded, "application/octet-stream", {}
 
 
-def _system(
-    name: str, tuned: str, path: str, *, body: Body = _as_it_is, inside: bool = False, **variables: str
-) -> System:
-    answers = "inside" if inside else "labels"
-    return System(name, tuned, _peer(name, **variables), path=path, body=body, answers=answers)  # type: ignore[arg-type]
+def _system(name: str, path: str, *, body: Body = _as_it_is, inside: bool = False, **variables: str) -> System:
+    return System(name, _peer(name, **variables), path=path, body=body, answers="inside" if inside else "labels")
 
 
 _V2 = "/v2/models/cifar10/infer"
-SYSTEMS = {
-    system.name: system
-    for system in (
-        _system("fastapi", "two uvicorn processes (uvloop, httptools), each picture by itself", "/predict"),
-        _system(
-            "fastapi-batched",
-            "the same, with a queue of our own: up to 32 that wait are computed together",
-            "/predict",
-            PEER_BATCH="32",
-        ),
-        _system("litserve", "two workers, batch 32, 1 ms, one API server, fast queue", "/predict"),
-        _system("bentoml", "two workers, adaptive batching up to 32", "/classify"),
-        _system("ray", "two replicas, serve.batch of 32, 1 ms", "/predict"),
-        _system(
-            "mlserver", "adaptive batching up to 32, 1 ms, no parallel workers", _V2, body=_mlserver_body, inside=True
-        ),
-        _system("pytriton", "two instances, dynamic batching up to 32, 1 ms", _V2, body=_triton_body, inside=True),
-    )
-}
+_ALL = (
+    _system("fastapi", "/predict"),
+    _system("fastapi-batched", "/predict", PEER_BATCH="32"),
+    _system("litserve", "/predict"),
+    _system("bentoml", "/classify", body=_bentoml_body, inside=True),
+    _system("ray", "/predict"),
+    _system("mlserver", _V2, body=_mlserver_body, inside=True),
+    _system("pytriton", _V2, body=_triton_body, inside=True),
+)
+SYSTEMS = {system.name: system for system in _ALL}

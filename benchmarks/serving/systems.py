@@ -28,7 +28,7 @@ import numpy as np
 import torch
 import yaml
 
-from benchmarks.serving import load, material
+from benchmarks.serving import load, material, names
 from benchmarks.serving.load import Case
 from benchmarks.serving.material import Material, Net
 from marwright.learning import recipe
@@ -44,8 +44,6 @@ ECHO = (
 )
 """As long as an answer."""
 
-Grid = Literal["full", "short"]
-
 
 @dataclass
 class Served:
@@ -57,6 +55,8 @@ class Served:
     headers: Callable[[], Mapping[str, str]] = dict
     """What each request needs, such as a key; raises as long as that is not known."""
     log: Path | None = None
+    ended: Callable[[], bool] = bool
+    """Whether it has given up already."""
 
 
 Body = Callable[[Net, str, bytes], tuple[bytes, str, Mapping[str, str]]]
@@ -70,18 +70,19 @@ def _as_it_is(net: Net, kind: str, encoded: bytes) -> tuple[bytes, str, Mapping[
 @dataclass(frozen=True)
 class System:
     name: str
-    tuned: str
-    """What it was told, and why; a line of the page."""
     open: Callable[[Material, Path, str], AbstractContextManager[Served]]
     net: str = "small"
-    grid: Grid = "full"
-    """`full`: every number of connections, and open loop; `short`: 1 and 64 connections."""
     kinds: tuple[str, ...] = ()
     """Other bodies that it is asked with."""
     path: str = "/predictions/cifar10"
     body: Body = field(default=_as_it_is)
     prepares: Literal["ours", "stock"] = "ours"
     answers: Literal["exact", "labels", "inside"] = "labels"
+
+    @property
+    def short(self) -> bool:
+        """Asked at 1 and 64 connections alone, with no open loop."""
+        return self.name in names.SHORT
 
     def cases(self, made: Material, kind: str, served: Served) -> list[Case]:
         """Requests as they are sent, and what is right for them."""
@@ -264,61 +265,23 @@ def _stock_body(net: Net, kind: str, encoded: bytes) -> tuple[bytes, str, Mappin
     return text.encode(), "application/json", {}
 
 
-OTHER_KINDS = tuple(kind for kind in material.KINDS if kind != "png32")
-QUIETLY = "quiet logs, prometheus mode, a queue of 2000"
-TUNED = f"{QUIETLY}, two workers with one thread each (OMP_NUM_THREADS=1), batch 32, delay 1 ms"
+OTHER_KINDS = tuple(kind for kind in names.KINDS if kind != "png32")
 
 
-def _tuned_stock(name: str, tuned: str, *, net: str = "small", **more: object) -> System:
-    opened = _stock(model=TWO, server=QUIET, variables=ONE_THREAD, net=net)
-    return System(name, tuned, opened, net=net, body=_stock_body, prepares="stock", **more)  # type: ignore[arg-type]
+def _tuned_stock(net: str = "small") -> Callable[[Material, Path, str], AbstractContextManager[Served]]:
+    return _stock(model=TWO, server=QUIET, variables=ONE_THREAD, net=net)
 
 
 _ALL = (
-    System(
-        "stock",
-        "stock handler, nothing said: batch 1, a worker for each core, torch's own number of threads, default logs",
-        _stock(),
-        prepares="stock",
-    ),
-    System(
-        "stock-batched",
-        "stock handler, nothing said but batch 32, delay 1 ms, and one worker",
-        _stock(model={"minWorkers": 1, "maxWorkers": 1, **BATCHED}),
-        prepares="stock",
-    ),
-    _tuned_stock("stock-tuned", f"stock handler: {TUNED}", kinds=OTHER_KINDS),
-    System(
-        "echo",
-        f"stock server, a handler that does nothing: {TUNED}",
-        _stock(model=TWO, server=QUIET, variables=ONE_THREAD, nothing=True),
-        answers="exact",
-    ),
-    System("marwright-latency", "profile latency, config.properties as it is, keys checked", _ours(profile="latency")),
-    System(
-        "marwright-throughput",
-        "profile throughput, config.properties as it is, keys checked",
-        _ours(profile="throughput"),
-        kinds=OTHER_KINDS,
-    ),
-    System(
-        "marwright-plain",
-        "profile throughput, Pillow decodes, stock wire (MARWRIGHT_WIRE=off), keys checked",
-        _ours(profile="throughput", wire=False, decoder="pillow"),
-    ),
-    System(
-        "marwright-no-keys",
-        "profile throughput, disable_token_authorization=true, as all others here",
-        _ours(profile="throughput", tokens=False),
-        grid="short",
-    ),
-    _tuned_stock("stock-tuned-resnet", f"ResNet-8, stock handler: {TUNED}", net="resnet", grid="short"),
-    System(
-        "marwright-throughput-resnet",
-        "ResNet-8, profile throughput",
-        _ours(profile="throughput", net="resnet"),
-        net="resnet",
-        grid="short",
-    ),
+    System("stock", _stock(), prepares="stock"),
+    System("stock-batched", _stock(model={"minWorkers": 1, "maxWorkers": 1, **BATCHED}), prepares="stock"),
+    System("stock-tuned", _tuned_stock(), kinds=OTHER_KINDS, body=_stock_body, prepares="stock"),
+    System("echo", _stock(model=TWO, server=QUIET, variables=ONE_THREAD, nothing=True), answers="exact"),
+    System("marwright-latency", _ours(profile="latency")),
+    System("marwright-throughput", _ours(profile="throughput"), kinds=OTHER_KINDS),
+    System("marwright-plain", _ours(profile="throughput", wire=False, decoder="pillow")),
+    System("marwright-no-keys", _ours(profile="throughput", tokens=False)),
+    System("stock-tuned-resnet", _tuned_stock("resnet"), net="resnet", body=_stock_body, prepares="stock"),
+    System("marwright-throughput-resnet", _ours(profile="throughput", net="resnet"), net="resnet"),
 )
 SYSTEMS = {system.name: system for system in _ALL}
