@@ -74,7 +74,7 @@ def test_a_regressors_scale_is_undone() -> None:
 @pytest.mark.parametrize(
     ("name", "args", "said"),
     [
-        ("vgg", {}, "no net named 'vgg'; there are: cifar_resnet, lenet"),
+        ("vgg", {}, "no net named 'vgg'; there are: cifar_resnet, fast_net, lenet"),
         ("mlp", {"colour": 1}, "unexpected keyword argument 'colour'"),
         ("small_cnn", {"channels": 1, "height": 4, "width": 4, "classes": 2}, "at least 8×8"),
         ("lenet", {"channels": 1, "height": 14, "width": 14, "classes": 2}, "at least 16×16"),
