@@ -186,7 +186,7 @@ class Curve:
         return sum(each[rate].failed for each in self.rounds if rate in each)
 
     def capacity(self, target: Target) -> float:
-        """The highest rate that held, as did every lower one: the median run in time, and none with a failure; 0: none."""
+        """The highest rate that held, as did every lower one: in time by the median, without a failure; 0: none."""
         found = 0.0
         for rate in self.rates if self._alone(target) else ():
             runs = [each[rate] for each in self.rounds if rate in each]

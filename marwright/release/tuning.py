@@ -36,7 +36,8 @@ Tell = Callable[[str], None]
 def search(
     bench: Bench, today: Setting, space: Space, target: Target, seconds: float, tell: Tell = lambda line: None
 ) -> Found:
-    """Try, measure again, and say what was found. Ends within `seconds` but for the run that is under way then.
+    """Try, measure again, and say what was found. Ends within `seconds` but for the run that is under way then, and but
+    for what one contender beside today's settings needs.
 
     A MarwrightError where not even today's settings can be served.
     """
@@ -94,7 +95,7 @@ class _Search:
 
     def _next(self, queue: Iterable[Setting]) -> Setting | None:
         left = self._until - self._bench.now()
-        if left < statistics.mean(self._loads) + 3 * self._run:
+        if len(self._trials) > 1 and left < statistics.mean(self._loads) + 3 * self._run:
             return None
         return next((each for each in queue if each not in self._trials), None)
 

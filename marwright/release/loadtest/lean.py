@@ -39,6 +39,7 @@ _PIECE = 1 << 18
 _REMEMBERED = 4096
 _OK = b"HTTP/1.1 200"
 _END = b"\r\n\r\n"
+_CLOSE = b"onnection: close"
 
 
 @dataclass(frozen=True)
@@ -295,7 +296,8 @@ class _Run:
             return
         if link.have:
             data = link.have + data
-        if data.startswith(_OK) and data[data.find(_END) + 4 :] in self._right[link.example]:
+        cut = data.find(_END)
+        if data.startswith(_OK) and data[cut + 4 :] in self._right[link.example] and data.find(_CLOSE, 0, cut) < 0:
             self._latencies.append(time.perf_counter() - link.due)
             link.example, link.have = -1, b""
             self._flying -= 1
