@@ -13,6 +13,6 @@ class Classifier:
     def __init__(self) -> None:
         self.net = model.Model()
 
-    @bentoml.api(batchable=True, max_batch_size=model.BATCH, max_latency_ms=100)
+    @bentoml.api(batchable=True, max_batch_size=model.BATCH)
     def classify(self, encoded: list[str]) -> list[dict[str, float]]:
         return self.net.answer([base64.b64decode(one) for one in encoded])
