@@ -2,11 +2,13 @@
 
     python benchmarks/rollouts.py run --promotions 50 --rollbacks 10
     python benchmarks/rollouts.py naive --promotions 10
+    python benchmarks/rollouts.py cost --promotions 3       # some four minutes: latency at rest and by phase
     python benchmarks/rollouts.py show
 
 A private server on free ports serves the digits recipe. Its capacity is measured first, with 64 connections in a closed
 loop; then an open-loop load of half of that (Poisson; REST and gRPC; the default URL and the pinned URLs of versions
-that the journal calls live) goes on while versions are rolled out and rolled back. Results are kept in
+that the journal calls live) goes on while versions are rolled out and rolled back. `cost` is a short run in which the
+old version is retired at once, with moments of rest before, between and after. Results are kept in
 benchmarks/results/rollouts-<what>.json, with the journal, and a page with the time line beside it; the raw file of
 every single request, some hundred bytes each, stays where --raw says.
 """
@@ -23,11 +25,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -36,8 +40,10 @@ from marwright.errors import MarwrightError, RolledBack
 from marwright.packing import records
 from marwright.release import journal
 from marwright.release.client import Client
+from marwright.release.journal import Entry
 from marwright.release.loadtest import report
 from marwright.release.loadtest import results as raw_results
+from marwright.release.loadtest.results import Results
 from marwright.release.server import Expected
 from marwright.settings import RollbackSettings, RolloutSettings
 from scripts import rollback, rollout
@@ -45,6 +51,7 @@ from scripts import rollback, rollout
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.rows import markdown  # noqa: E402
 from tests import archives, torchserve  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
@@ -61,15 +68,34 @@ idle_seconds = 1.0
 warm_seconds = 600.0
 """
 """The limits of policies/digits.toml; less to replay and a shorter watch, so that sixty rollouts fit into an hour."""
+COST_POLICY = POLICY.replace("warm_seconds = 600.0", "warm_seconds = 0.0")
+PHASES = {
+    "rest": "at rest",
+    "verified": "proof: a clean process loads the archive",
+    "register": "register: a worker starts, until READY",
+    "shadowed": "shadow: requests go to both",
+    "gated": "gate: the holdout goes to both",
+    "promoted": "the switch",
+    "watched": "watch",
+    "retire": "the old version is drained and unregistered",
+}
+"""What is under way, in the order in which it happens."""
+PAUSE = 5.0
+"""Seconds of rest before, between and after what `cost` does."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", required=True)
-    for name, words in (("run", "roll out and back by marwright"), ("naive", "set-default, then unregister")):
+    every = (
+        ("run", "roll out and back by marwright", 50, 10),
+        ("naive", "set-default, then unregister", 50, 10),
+        ("cost", "a few promotions, and latency by phase", 3, 0),
+    )
+    for name, words, promotions, rollbacks in every:
         verb = verbs.add_parser(name, help=words)
-        verb.add_argument("--promotions", type=int, default=50)
-        verb.add_argument("--rollbacks", type=int, default=10)
+        verb.add_argument("--promotions", type=int, default=promotions)
+        verb.add_argument("--rollbacks", type=int, default=rollbacks)
         verb.add_argument("--share", type=float, default=0.5, help="of the capacity")
         verb.add_argument("--rate", type=float, help="instead of a share of the capacity")
         verb.add_argument("--raw", type=Path, default=Path("rollouts-raw.csv"))
@@ -89,7 +115,7 @@ def measure(options: argparse.Namespace) -> None:
         store = folder / "store"
         versions = build(folder, store)
         (folder / "policies").mkdir()
-        (folder / "policies" / "digits.toml").write_text(POLICY)
+        (folder / "policies" / "digits.toml").write_text(COST_POLICY if options.verb == "cost" else POLICY)
         with journal.open(store) as book:
             book.release("digits", versions[0], proven=False, why="benchmark")
         expected = {"digits": Expected(versions[0])}
@@ -103,7 +129,11 @@ def measure(options: argparse.Namespace) -> None:
             try:
                 time.sleep(5.0)
                 turns = operations(options.promotions, options.rollbacks)
-                done = [operate(options.verb, home, folder, versions, what) for what in turns]
+                done = []
+                for what in turns:
+                    if options.verb == "cost":
+                        time.sleep(PAUSE)
+                    done.append(operate(options.verb, home, folder, versions, what))
                 time.sleep(5.0)
             finally:
                 load.send_signal(signal.SIGINT)
@@ -225,6 +255,7 @@ def keep(
         "rate": round(rate, 1),
         "operations": done,
         "found": asdict(found),
+        "phases": phases(read, entries),
         "journal": [[entry.at, entry.version, entry.event, _brief(entry.detail)] for entry in entries],
     }
     files.write_json(RESULTS / f"rollouts-{name}.json", document)
@@ -232,6 +263,63 @@ def keep(
 
 def _brief(detail: Any) -> dict[str, Any]:
     return {key: value for key, value in detail.items() if key in ("phase", "step", "why", "reason", "id", "kind")}
+
+
+def phases(read: Results, entries: Sequence[Entry]) -> dict[str, dict[str, float]]:
+    """Latencies in milliseconds, from when a request was due, by what was under way then."""
+    spans: list[tuple[str, float, float]] = []
+    begun: dict[str, float] = {}
+    names = {"registered": "register", "ready": "register"}
+    for entry in entries:
+        if entry.event == "rollout" and entry.detail.get("step") in ("begin", "done"):
+            phase = str(entry.detail["phase"])
+            begun.setdefault(phase, entry.time)
+            if entry.detail["step"] == "done":
+                spans.append((names.get(phase, phase), begun.pop(phase), entry.time))
+        elif entry.event == "retiring":
+            begun["retire"] = entry.time
+        elif entry.event == "retired" and "retire" in begun:
+            spans.append(("retire", begun.pop("retire"), entry.time))
+    taken = np.full(len(read), "rest", dtype="U16")
+    for phase, since, until in sorted(spans, key=lambda span: span[0] == "retire"):  # which is within `settled`
+        taken[(read.due >= since) & (read.due < until)] = phase
+    if spans:
+        first, last = min(span[1] for span in spans), max(span[2] for span in spans)
+        edge = (read.due < first - 2 * PAUSE) | (read.due > last + 2 * PAUSE)
+        taken[edge] = ""  # a server that has just begun is no server at rest
+    found = {}
+    for phase in PHASES:
+        latency = (read.done - read.due)[(taken == phase) & (read.outcome == "ok")] * 1000
+        if len(latency):
+            p50, p99, p999 = np.percentile(latency, (50, 99, 99.9))
+            values = {"p50": p50, "p99": p99, "p99.9": p999, "max": latency.max()}
+            found[phase] = {"requests": len(latency), **{name: round(float(each), 2) for name, each in values.items()}}
+            found[phase]["failed"] = int(((taken == phase) & (read.outcome != "ok")).sum())
+    return found
+
+
+def section() -> str | None:
+    """This benchmark's part of docs/performance.md; None before `cost` was run."""
+    path = RESULTS / "rollouts-cost.json"
+    if not path.exists():
+        return None
+    value = json.loads(path.read_text())
+    rest = value["phases"]["rest"]
+    rows = []
+    for phase, line in PHASES.items():
+        if phase in value["phases"]:
+            one = value["phases"][phase]
+            figures = [f"{one[name]:.1f}" for name in ("p50", "p99", "p99.9", "max")]
+            rows.append([line, f"{one['requests']}", str(one["failed"]), *figures, f"{one['p99'] / rest['p99']:.1f}"])
+    titles = ["what is under way", "requests", "failed", "p50 ms", "p99 ms", "p99.9 ms", "max ms", "p99 to p99 at rest"]
+    machine = value["machine"]
+    done = sum(one["ended"] in ("settled", "switched") for one in value["operations"])
+    return (
+        "## What a rollout costs those who ask meanwhile\n\n"
+        f"{machine['platform']}, {machine['cores']} cores for server, workers and load; {value['measured']}; {done} "
+        f"promotions under an open-loop load of {value['rate']:.0f} requests/s, of {value['capacity']:.0f} that 64 clients "
+        f"get. Latency counts from when a request was due.\n\n{markdown(titles, rows)}\n"
+    )
 
 
 def show() -> None:
