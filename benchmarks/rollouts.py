@@ -317,8 +317,8 @@ def section() -> str | None:
     return (
         "## What a rollout costs those who ask meanwhile\n\n"
         f"{machine['platform']}, {machine['cores']} cores for server, workers and load; {value['measured']}; {done} "
-        f"promotions under an open-loop load of {value['rate']:.0f} requests/s, of {value['capacity']:.0f} that 64 clients "
-        f"get. Latency counts from when a request was due.\n\n{markdown(titles, rows)}\n"
+        f"promotions under an open-loop load of {value['rate']:.0f} requests/s, of {value['capacity']:.0f} that 64 "
+        f"clients get. Latency counts from when a request was due.\n\n{markdown(titles, rows)}\n"
     )
 
 
