@@ -54,11 +54,15 @@ _QUIET = ("ignore", None, UserWarning, re.compile(r"PIL\."), 0)
 
 
 def require(decoder: str) -> None:
-    """`LoadError` unless the decoder that training used is here, with every format it must read. Never a fallback."""
-    _quick(decoder)
+    """`LoadError` unless the decoder that training used is here, with every format it must read, and its faster codecs
+    agree with Pillow on a small picture. Never a fallback.
+    """
+    quick = _quick(decoder)
     missing = [codec for codec in ("zlib", "jpg", "webp") if not features.check(codec)]
     if missing:
         raise LoadError(f"this Pillow was built without {', '.join(missing)}; install the wheel from PyPI")
+    if quick is not None:
+        _agreeing(quick, decoder)
 
 
 def decode(encoded: Encoded, wanted: ImageInput, limits: Limits) -> Pixels:
@@ -100,6 +104,18 @@ def _quick(decoder: str) -> Callable[..., Pixels | None] | None:
             f"pip install {' '.join(PACKAGES[decoder])} where the server runs"
         ) from None
     return turbo.decode
+
+
+def _agreeing(quick: Callable[..., Pixels | None], decoder: str) -> None:
+    """Other versions of the codecs could refuse everything (all would be slow) or compute otherwise."""
+    sample = (np.arange(17 * 13 * 3) ** 2 // 64 % 256).astype(np.uint8).reshape(17, 13, 3)
+    for format in ("PNG", "JPEG"):
+        stream = io.BytesIO()
+        Image.fromarray(sample).save(stream, format)
+        pixels = quick(stream.getvalue(), most=sample.size, side=sample.size)
+        if pixels is None or not np.array_equal(pixels, np.asarray(Image.open(stream))):
+            packages = " ".join(PACKAGES[decoder])
+            raise LoadError(f"a {format} is not read here as Pillow reads it: other versions of {packages} are needed")
 
 
 def _whole(wanted: ImageInput) -> int:

@@ -21,7 +21,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from handlers import images, instances, turbo
-from handlers.errors import BadRequest
+from handlers.errors import BadRequest, LoadError
 from handlers.spec import ImageInput, Limits, ModelSpec
 from tests import zoo
 
@@ -320,7 +320,7 @@ def test_limits_hold_before_a_codec_sees_the_file(monkeypatch: pytest.MonkeyPatc
 HOSTILE = """
 import resource, struct, sys, zlib
 from handlers import images
-from handlers.errors import BadRequest
+from handlers.errors import BadRequest, LoadError
 from handlers.spec import ImageInput, Limits
 from tests import zoo
 
@@ -363,7 +363,9 @@ import sys
 sys.modules[{package!r}] = None
 from handlers import images
 from handlers.errors import LoadError
+from handlers.spec import ImageInput, Limits
 images.require("pillow")
+images.decode({zoo.PNG!r}, ImageInput(3, 20, 24, decoder="pillow"), Limits())
 try:
     images.require("turbo")
 except LoadError as error:
@@ -377,19 +379,12 @@ except LoadError as error:
     assert "pip install pillow deflate pyspng simplejpeg" in done.stdout
 
 
-def test_pillow_alone_imports_no_other_codec() -> None:
-    code = f"""
-import sys
-from handlers import images
-from handlers.spec import ImageInput, Limits
-images.require("pillow")
-images.decode({zoo.PNG!r}, ImageInput(3, 20, 24, decoder="pillow"), Limits())
-print(sys.modules.keys() & {{"deflate", "pyspng", "simplejpeg", "handlers.turbo"}})
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
-    )
-    assert done.stdout.strip() == "set()", done.stderr
+@pytest.mark.parametrize("wrong", [None, np.zeros((17, 13, 3), np.uint8)], ids=["refuses", "computes-otherwise"])
+def test_codecs_that_disagree_with_pillow_are_a_load_error(monkeypatch: pytest.MonkeyPatch, wrong: Any) -> None:
+    images.require("turbo")
+    monkeypatch.setattr(images, "_quick", lambda decoder: lambda encoded, **limits: wrong)
+    with pytest.raises(LoadError, match="PNG is not read here as Pillow reads it"):
+        images.require("turbo")
 
 
 def test_a_spec_keeps_its_decoder_and_one_of_old_says_pillow() -> None:
