@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import scipy.stats  # noqa: F401  (imported late by the store: its second is no row's)
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))

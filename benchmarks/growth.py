@@ -1,6 +1,6 @@
 """How cost grows: models on one server, versions of one model, connections, rows of the feedback store.
 
-    python benchmarks/growth.py run                              # all of it: half an hour, most of it feedback
+    python benchmarks/growth.py run                              # all of it: an hour, most of it feedback
     python benchmarks/growth.py run --only models versions       # each may be run by itself; the others' rows stay
     python benchmarks/growth.py run --only feedback --minutes 20 # sizes that are there already are not measured again
     python benchmarks/growth.py show
@@ -72,7 +72,7 @@ def main() -> None:
     verb.add_argument("--only", nargs="+", choices=KINDS, default=list(KINDS))
     verb.add_argument("--most", type=int, default=10**9, help="models, versions or connections; more are left out")
     verb.add_argument("--rows", type=int, nargs="+", default=list(FEEDBACK), help="of the feedback store")
-    verb.add_argument("--minutes", type=float, default=25.0, help="for the feedback store")
+    verb.add_argument("--minutes", type=float, default=45.0, help="for the feedback store")
     verb.add_argument("--seconds", type=float, default=5.0, help="of each look at answers")
     verb.add_argument("--out", type=Path, default=RESULTS)
     verbs.add_parser("show", help="print the tables").add_argument("--out", type=Path, default=RESULTS)
