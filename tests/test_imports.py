@@ -11,11 +11,12 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ROOMS = ["learning", "packing", "release", "feedback"]
-WORKER_HAS = {"torch", "numpy", "PIL", "handlers", "onnxruntime", "captum", "orjson", "simplejpeg", "pyspng"}
-LATE = ("onnxruntime", "captum", "simplejpeg", "pyspng")
+CODECS = {"deflate", "pyspng", "simplejpeg"}
+WORKER_HAS = {"torch", "numpy", "PIL", "handlers", "onnxruntime", "captum", "orjson"}
+LATE = ("onnxruntime", "captum", "handlers.turbo", "import turbo")
 """Slow to import, or not every archive needs them."""
-EXCEPT = {"wire.py": {"ts"}}
-"""The lean codec stands in for TorchServe's own, and looks at it first."""
+EXCEPT = {"wire.py": {"ts"}, "turbo.py": CODECS}
+"""The lean codec stands in for TorchServe's own, and looks at it first; the decoder is imported where it is named."""
 
 
 def imports(path: Path) -> Iterator[str]:
