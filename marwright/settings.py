@@ -81,7 +81,7 @@ class TrainSettings(RecipeChoice):
     nproc: int = 1
     """Processes on this machine that train together (torchrun); on a machine with CUDA, one for each device."""
     torchrun: str = ""
-    """Options of torchrun's own, for several machines: "--nnodes=2 --rdzv-backend=c10d --rdzv-endpoint=HOST:29400"."""
+    """Options of torchrun's own, for several machines: --torchrun="--nnodes=2 --rdzv-endpoint=HOST:29400"."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -70,8 +70,7 @@ def train(
     watch: Callable[[Row], None] | None = None,
 ) -> Run:
     """A finished run; at once if the same was trained before. `watch` is called after every whole epoch.
-
-    In a team of processes (`distributed.joined`) all call it alike, and its leader alone writes.
+    In a team of processes (`distributed.joined`) all call it alike; its leader alone writes, and watches.
 
     `start`'s weights are the initial ones; RunError if it has another net or other classes. `method` says what is
     learned from, and for how long; without one it is everything, as the recipe says.
@@ -111,7 +110,7 @@ def _train(
     started, team = time.perf_counter(), distributed.team()
     trainer, checkpoint = Trainer(recipe, dataset, start, method), run.path / CHECKPOINT
     if not team.leader:
-        return _follow(run, trainer, watch)
+        return _follow(run, trainer)
     if not resume and run.path.exists():
         shutil.rmtree(run.path)
     for part in run.path.glob(".*.part"):  # of a training that was killed while it wrote
@@ -162,15 +161,12 @@ def _train(
     return run
 
 
-def _follow(run: Run, trainer: Trainer, watch: Callable[[Row], None] | None) -> Run:
+def _follow(run: Run, trainer: Trainer) -> Run:
     """What those do that are not the leader: the same steps, and no files."""
-    state = trainer.team.told(None)
-    if state is not None:
+    if (state := trainer.team.told(None)) is not None:
         trainer.restore(state)
     while not trainer.done:
-        row = trainer.epoch()
-        if watch is not None:
-            watch(row)
+        trainer.epoch()
     trainer.team.told(True)  # it is written
     return run
 
