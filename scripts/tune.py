@@ -62,6 +62,9 @@ def main(settings: TuneSettings) -> int:
         settings,
         f"{settings.model} on {machine}: {target}, {settings.minutes:g} minutes, {settings.connections} clients",
     )
+    busy = os.getloadavg()[0]
+    if busy > 0.5 * cores:
+        _say(settings, f"the machine is busy already (load {busy:.1f}): what else it does is measured, too")
     with scratch.server(settings.config) as server:
         sources = _sources(subject, server.home / "built")
         threads = not os.environ.get("MARWRIGHT_THREADS")  # it beats what the archive says

@@ -1,6 +1,6 @@
 """The same archive with other numbers in its `model-config.yaml`: for trying them out, never for the model store.
 
-    variants.write(record, Unpacked(record, folder), store, "7.0", {"workers": 2, "batch_size": 8, …})
+    variants.write(record, folder, store, "7.0", {"workers": 2, "batch_size": 8, …})    # unpacked in `folder`
 
 Nothing is proved by a clean process here: only the numbers differ from an archive that was.
 """

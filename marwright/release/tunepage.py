@@ -54,8 +54,8 @@ def verdict(found: Found) -> str:
     if best.setting == found.today:
         return f"today's settings are the best of all that was tried: {found.target} up to {mine:.0f}/s ({rounds})"
     return (
-        f"nothing is better than today's settings beyond noise: {found.target} up to {theirs:.0f}/s;"
-        f" {best.setting}: {mine:.0f}/s ({rounds})"
+        f"nothing is better than today's settings beyond noise: {found.target}"
+        f" {f'up to {theirs:.0f}/s' if theirs else 'at no rate'}; {best.setting}: {mine:.0f}/s ({rounds})"
     )
 
 
