@@ -11,10 +11,10 @@ import base64
 import contextlib
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -38,27 +38,11 @@ def install(name: str, work: Path) -> None:
     if stamp.is_file() and stamp.read_bytes() == wanted:
         return
     print(f"installing {name} into {folder}", flush=True)
-    python = _python(wanted.decode())
-    if python is None:
-        return
-    subprocess.run([python, "-m", "venv", "--clear", str(folder)], check=True)
+    subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
     pip = [str(folder / "bin" / "pip"), "install", "--quiet", "--disable-pip-version-check"]
     done = subprocess.run([*pip, "--requirement", str(_folder(name) / "requirements.txt")], check=False)
     if done.returncode == 0:  # else its row will say that it could not be installed
         stamp.write_bytes(wanted)
-
-
-def _python(requirements: str) -> str | None:
-    """This Python, or the one that a line `# python3.10` names: a wheel may work with no other. None: not here."""
-    found = re.search(r"^# (python3\.\d+)$", requirements, re.MULTILINE)
-    if found is None:
-        return sys.executable
-    shelf = Path.home() / ".pyenv" / "versions"
-    candidates = [shutil.which(found[1]), *(str(one) for one in sorted(shelf.glob(f"*/bin/{found[1]}")))]
-    for one in candidates:
-        if one and subprocess.run([one, "--version"], capture_output=True).returncode == 0:
-            return one
-    return None
 
 
 def _folder(name: str) -> Path:
@@ -157,6 +141,6 @@ _ALL = (
     _system("bentoml", "/classify", body=_bentoml_body, inside=True),
     _system("ray", "/predict"),
     _system("mlserver", _V2, body=_mlserver_body, inside=True),
-    _system("pytriton", _V2, body=_triton_body, inside=True),
+    _system("pytriton", _V2, body=_triton_body, inside=True, LD_LIBRARY_PATH=sysconfig.get_config_var("LIBDIR") or ""),
 )
 SYSTEMS = {system.name: system for system in _ALL}

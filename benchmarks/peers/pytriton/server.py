@@ -2,6 +2,9 @@
 
 Two instances of the function, dynamic batching of up to 32 with a delay of at most 1 ms; HTTP with the binary extension
 for the request, so that the picture is sent as it is. gRPC and metrics have ports of their own; nothing is logged.
+
+Triton's Python stub is linked with libpython3.11.so: LD_LIBRARY_PATH names the folder of this Python's own, since with
+another one's (3.11.2 beside a library of 3.11.7) the stub does not start.
 """
 
 import model
