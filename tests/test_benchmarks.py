@@ -82,7 +82,7 @@ def test_goals_are_judged_by_the_raw_file_and_what_is_missing_is_not_measured(ra
 def test_what_failed_is_on_the_page(raw: Path) -> None:
     page = "\n".join(report.failures(report.load(raw)))
     assert "`ray`, round 0: no wheel" in page
-    assert "7 with another status; status: 503" in page
+    assert "of 100 7 with another status; first: status: 503" in page
 
 
 def test_the_same_raw_file_makes_the_same_page_and_the_same_plots(raw: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 import benchmarks.serving
+from benchmarks import rows
 from benchmarks.serving import report
 
 ROOT = Path(__file__).parent.parent.parent
@@ -36,7 +37,8 @@ def main() -> None:
         from benchmarks.serving import run
 
         run.main(options)
-    print(report.section(options.out) or f"there is no {options.out} yet")
+    plots = rows.PLOTS if options.out == report.RAW else options.out.parent
+    print(report.section(options.out, plots=plots) or f"there is no {options.out} yet")
 
 
 if __name__ == "__main__":

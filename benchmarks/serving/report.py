@@ -233,20 +233,20 @@ def unanswered(row: Row) -> int:
 
 
 def failures(figures: Figures) -> list[str]:
-    """What could not run, and rows in which a request failed."""
+    """What could not run, and where requests failed, over all rounds."""
     lines = []
     for row in figures.rows:
         if row["mode"] == "failed":
             lines.append(f"- `{row['system']}`, round {row['round']}: {row['complaint']}")
-    for row in figures.rows:
-        if row["mode"] in ("open", "closed") and unanswered(row):
-            counts = ", ".join(
-                f"{row[name]} {word}" for name, word in names.FAILURES.items() if row[name] not in ("", "0")
-            )
-            where = f"{row['connections']} connections" if row["mode"] == "closed" else f"open loop at {row['share']}"
-            lines.append(
-                f"- `{row['system']}`, {row['kind']}, {where}, round {row['round']}: {counts}; {row['complaint']}"
-            )
+    for (system, mode, kind, connections, share), found in figures.table.items():
+        if mode not in ("open", "closed") or not sum(map(unanswered, found.values())):
+            continue
+        counts = {word: sum(int(row[name] or 0) for row in found.values()) for name, word in names.FAILURES.items()}
+        said = ", ".join(f"{count} {word}" for word, count in counts.items() if count)
+        asked = sum(int(row["answered"]) + int(row["hung"]) for row in found.values())
+        where = f"{connections} connections" if mode == "closed" else f"open loop at {float(share):.0%}"
+        first = next(row["complaint"] for row in found.values() if unanswered(row))
+        lines.append(f"- `{system}`, {names.KINDS[kind]}, {where}: of {asked} {said}; first: {first[:60]}")
     return ["### What did not run, and what failed", "\n".join(lines)] if lines else []
 
 
