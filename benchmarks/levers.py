@@ -21,6 +21,7 @@ import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -215,7 +216,7 @@ def by_hand(store: Path, name: str, version: str, handler: str, config: str) -> 
 
 def cases(made: Material, port: int, path: str, keys: Tokens, *, exact: bool = False) -> list[load.Case]:
     served = systems.Served(port, 0.0, lambda: {"Authorization": f"Bearer {keys.key('inference')}"})
-    system = systems.System("levers", "", systems._ours(profile="throughput"), path=path)
+    system = replace(systems.SYSTEMS["marwright-throughput"], path=path)
     found = system.cases(made, "png32", served)
     return [load.Case(one.request, "exact", b'{"a": 1}') for one in found] if exact else found
 

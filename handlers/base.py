@@ -83,6 +83,12 @@ class Batch:
     requests: list[Request]
 
 
+def _grown(array: NDArray[Any], filled: int, room: NDArray[Any]) -> NDArray[Any]:
+    """The filled rows in a larger array."""
+    room[:filled] = array[:filled]
+    return room
+
+
 class BatchHandler:
     """What TorchServe calls. A subclass says which task it answers for."""
 
@@ -143,7 +149,7 @@ class BatchHandler:
                     self.explainer.admit(request.payload.ask)
                 end = filled + len(request.payload.instances)
                 if end > len(array):
-                    array = np.concatenate([array[:filled], self._rows(end - filled + len(data))])
+                    array = _grown(array, filled, self._rows(max(end + len(data), 2 * filled)))
                 self._decode(request.payload, array[filled:end])
                 request.rows, filled = slice(filled, end), end
             except BadRequest as error:

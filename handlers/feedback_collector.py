@@ -70,6 +70,7 @@ class FeedbackCollector:
             "bundle": self.bundle.digest,
             "task": "feedback",
             "keeps": self.inbox.folder is not None,
+            "wire": self.wire,
             "pid": os.getpid(),
         }
 
@@ -88,7 +89,7 @@ class FeedbackCollector:
         self._count({("predict", status): 0 for status in (200, 400, 413, 415, 500, 501, 503)} | {("describe", 200): 0})
         self.inbox = Inbox(settings.spool, {"v": 1, "collector": self.version}, megabytes=settings.spool_mb)
         self.inbox.begin()
-        wire.install(on=settings.wire)
+        self.wire = wire.install(on=settings.wire)
 
     def _read(self, index: int, fields: Any, context: Any, now: float) -> Request:
         request = Request()

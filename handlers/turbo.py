@@ -5,7 +5,8 @@
 Only what is written the usual way is read here: 8-bit grey or RGB PNGs without transparency, interlacing, text or
 EXIF, and baseline or progressive grey or colour JPEGs whose header has nothing but tables, JFIF, Adobe and comments.
 All else, and all that a codec refuses or merely warns of, is None: Pillow has the last word on what is odd, damaged or
-too large, and says why. What is given here, Pillow would have given.
+too large, and says why. What is given here, Pillow would have given
+(but for one stream that no encoder writes: decision 15).
 
 A PNG is unpacked by libdeflate, which is two to three times as fast as zlib, into as many bytes as its header promises;
 spng then undoes the row filters, from a PNG written here around those bytes without compression. So no hostile chunk
@@ -28,7 +29,7 @@ Pixels = NDArray[np.uint8]
 Encoded = bytes | bytearray | memoryview
 
 LARGEST = 1 << 22
-"""Pixels of a PNG that is read here: four of its copies are in memory at a time, 12 MB each at this size."""
+"""Pixels of a picture that is read here: up to four copies are in memory at a time, 12 MB each at this size."""
 
 _PNG = struct.Struct(">16sII5sII4s")
 """Signature and IHDR up to its CRC, then length and name of the next chunk."""
@@ -61,7 +62,7 @@ def decode(encoded: Encoded, *, most: int, side: int) -> Pixels | None:
         if encoded[0] == 0x89:
             return _png(encoded, min(most, LARGEST))
         if encoded[0] == 0xFF:
-            return _jpeg(encoded, most, side)
+            return _jpeg(encoded, min(most, LARGEST), side)
     except (struct.error, deflate.DeflateError, RuntimeError, ValueError):  # cut short, or a codec's refusal
         pass
     return None

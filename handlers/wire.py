@@ -3,13 +3,14 @@
     wire.install(on=settings.wire)      # "lean", "stock: …why"
 
 `ts` reads a request in some 28 tiny pieces and writes the answer piece by piece, which costs a worker more than a small
-net's forward pass. Here a message is taken from the socket as it comes, and parsed; an answer is joined once. Nothing
-else changes: the bytes on the wire, what a handler is given, log lines of failures, metrics, streams.
+net's forward pass. Here a message is taken from the socket as it comes, and parsed once; an answer is joined once. The
+bytes on the wire, what a handler is given, streams, what is logged of failures: all of it stays, but for the little
+that decision 18 names.
 
 This is the only module of the bundle that touches `ts`. It replaces two names in the worker's process: `retrieve_msg`,
-which the worker's main module looks up for every message, and `Service.predict`. Before it does, it compares both with
-`ts`'s own on frames of every kind; where `ts` is not the version that it knows, or anything differs, it does nothing
-and says so in one line of the log. `MARWRIGHT_WIRE=off` leaves `ts` alone.
+which the worker's main module looks up for every message, and `Service.predict`. Before it does, it compares how
+requests are read and answers written with `ts`'s own, on a sample of every kind; where `ts` is not the version that it
+knows, or anything differs, it does nothing and says so in one line of the log. `MARWRIGHT_WIRE=off` leaves `ts` alone.
 
 A frame from the frontend (all numbers are big-endian int32, a text is its length and UTF-8 bytes):
 
@@ -36,7 +37,7 @@ VERSION = "0.12.0"
 
 _PIECE = 1 << 16
 """Bytes asked of the socket at a time; more only where a message is known to be longer."""
-_LARGEST_PIECE = 1 << 22
+_LARGEST_PIECE = 1 << 20
 _METRIC_SECONDS = 1.0
 _REMEMBERED = 1024
 
@@ -55,7 +56,7 @@ def install(*, on: bool) -> str:
         return "stock: this process is not TorchServe's"
     try:
         why = _unfit() or _differs()
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # whoever finds a frame too short believes that the frontend has gone
         why = f"{type(error).__name__}: {error}"
     if why:
         _log.warning("TorchServe's own wire protocol stays in place, which is slower: %s", " ".join(why.split())[:300])
@@ -117,19 +118,12 @@ class Message:
         self.slots: list[Slot] = []
 
 
-class _Short(Exception):
-    """The data end before the request does; it cannot be whole before there are so many bytes."""
-
-    def __init__(self, needed: int) -> None:
-        self.needed = needed
-
-
 class Messages:
     """Messages of one connection at a time. What was received and not yet used is kept between them."""
 
     def __init__(self) -> None:
         self._conn: Any = None
-        self._data = b""
+        self._data = bytearray()
         decode = os.environ.get("TS_DECODE_INPUT_REQUEST")
         self._decode = decode is None or decode == "true"
 
@@ -137,10 +131,9 @@ class Messages:
         """The next message: ("I", Message), or ("L", what `ts` makes of it). Waits; ends the process where the frontend
         has gone, as `ts` does."""
         if conn is not self._conn:
-            self._conn, self._data = conn, b""
-        if not self._data:
-            self._more(1)
-        command = self._data[:1]
+            self._conn, self._data = conn, bytearray()
+        self._more(1)
+        command = bytes(self._data[:1])
         if command == b"I":
             return command, self._inference()
         if command == b"L":
@@ -153,51 +146,50 @@ class Messages:
         """Like a socket's, for `ts`'s own reader: what was received already comes first."""
         if not self._data:
             return self._conn.recv(length)  # type: ignore[no-any-return]
-        piece, self._data = self._data[:length], self._data[length:]
+        piece = bytes(self._data[:length])
+        del self._data[:length]
         return piece
 
-    def _inference(self) -> Message:
-        message, position = Message(), 1
-        while True:
-            try:
-                position = self._request(position, message)
-            except struct.error:  # some length is not there yet
-                self._more(len(self._data) + 1)
-            except _Short as short:
-                self._more(short.needed)
-            else:
-                if position < 0:
-                    self._data = self._data[-position:]
-                    return message
-
-    def _more(self, needed: int) -> None:
-        """Receive until there are so many bytes."""
+    def _more(self, needed: int) -> int:
+        """Receive until there are so many bytes; how many there are. Memory grows with what comes, not with what was
+        announced."""
         data = self._data
-        pieces, have = [data], len(data)
-        while have < needed:
-            piece = self._conn.recv(min(max(needed - have, _PIECE), _LARGEST_PIECE))
+        while len(data) < needed:
+            piece = self._conn.recv(min(max(needed - len(data), _PIECE), _LARGEST_PIECE))
             if not piece:
                 logging.info("Frontend disconnected.")
                 sys.exit(0)
-            pieces.append(piece)
-            have += len(piece)
-        self._data = b"".join(pieces)
+            data += piece
+        return len(data)
+
+    def _inference(self) -> Message:
+        message, at = Message(), 1
+        while at > 0:
+            if at > _PIECE:  # what is read is let go
+                del self._data[:at]
+                at = 0
+            at = self._request(at, message)
+        del self._data[:-at]
+        return message
 
     def _request(self, at: int, message: Message) -> int:
         """One request from there on: where the next one begins, or minus where the message ended.
 
-        A text that is not all there yet is followed by a length that is not either, so nothing is taken for whole
-        before it is; a message may be long, so of its values the length is believed and waited for.
+        Each text is followed by a number, so that much more is waited for before either is looked at.
         """
-        data = self._data
+        data, more = self._data, self._more
         end = len(data)
+        if end < at + 4:
+            end = more(at + 4)
         (size,) = _number(data, at)
         at += 4
         if size == -1:
             return -at
         begin = at
         at += size if size > 0 else 0
-        name_of_request = data[begin:at]
+        if end < at + 4:
+            end = more(at + 4)
+        identifier = data[begin:at].decode()
         headers: dict[str, Any] = {}
         while True:
             (size,) = _number(data, at)
@@ -206,44 +198,49 @@ class Messages:
                 break
             begin = at
             at += size if size > 0 else 0
-            name = data[begin:at]
+            if end < at + 4:
+                end = more(at + 4)
+            name = data[begin:at].decode()
             (size,) = _number(data, at)
             begin = at = at + 4
             at += size if size > 0 else 0
-            if at > end:
-                raise _Short(at + 4)
-            headers[name.decode()] = data[begin:at].decode()
-        values: list[tuple[str, str, int, int]] = []
+            if end < at + 4:
+                end = more(at + 4)
+            headers[name] = data[begin:at].decode()
+        fields: dict[str, Any] = {}
+        properties: dict[str, Any] = {}
         while True:
+            if end < at + 4:
+                end = more(at + 4)
             (size,) = _number(data, at)
             at += 4
             if size == -1:
                 break
             begin = at
             at += size if size > 0 else 0
-            name = data[begin:at]
+            if end < at + 4:
+                end = more(at + 4)
+            name = data[begin:at].decode()
             (size,) = _number(data, at)
             begin = at = at + 4
             at += size if size > 0 else 0
-            kind = data[begin:at]
+            if end < at + 4:
+                end = more(at + 4)
+            content_type = data[begin:at].decode()
             (size,) = _number(data, at)
             begin = at = at + 4
             at += size if size > 0 else 0
-            if at > end:
-                raise _Short(at + 4)
-            values.append((name.decode(), kind.decode(), begin, at))
-        fields: dict[str, Any] = {}
-        properties: dict[str, Any] = {}
-        for field, content_type, start, stop in values:
-            fields[field] = self._value(content_type, data[start:stop])
-            properties[field] = {"content-type": content_type}
+            if end < at:
+                end = more(at)
+            fields[name] = self._value(content_type, data[begin:at])
+            properties[name] = {"content-type": content_type}
         properties.update(headers)  # a header wins, as with `ts`
-        message.ids[len(message.ids)] = name_of_request.decode()
+        message.ids[len(message.ids)] = identifier
         message.fields.append(fields)
         message.slots.append(Slot(properties))
         return at
 
-    def _value(self, content_type: str, value: bytes) -> Any:
+    def _value(self, content_type: str, value: bytearray) -> Any:
         """JSON and text are decoded, unless that fails or TS_DECODE_INPUT_REQUEST says not to."""
         if not content_type or not self._decode:
             return value
@@ -387,6 +384,8 @@ def _unfit() -> str:
         return f"ts is {ts.__version__}; the one that is known is {VERSION}"
     if os.environ.get("LOCAL_RANK", "0") != "0":
         return "one of several ranks"
+    if "--async" in sys.argv:
+        return "an asynchronous worker"
     if vars(sys.modules["__main__"]).get("retrieve_msg") is not otf_message_handler.retrieve_msg:
         return "the worker's main module reads messages in another way"
     if vars(service.Service).get("predict").__module__ != service.__name__:
