@@ -1,9 +1,10 @@
 """What the machine tells a worker, read once.
 
-The archive's `model-config.yaml` may say `handler: {threads: 2, metrics: off, capture: 0.1}`; the variables
+The archive's `model-config.yaml` may say `handler: {threads: 2, metrics: off, wire: off, capture: 0.1}`; the variables
 `MARWRIGHT_THREADS`, `MARWRIGHT_METRICS` and so on beat it. Nothing said means one thread, whatever OMP_NUM_THREADS or
-the number of cores would have meant, metrics, and no capture. Where the spool is, and how large it may grow, is the
-machine's alone to say: no path of a machine is in an archive, and without a spool nothing is ever captured.
+the number of cores would have meant, metrics, the lean wire codec, and no capture. Where the spool is, and how large it
+may grow, is the machine's alone to say: no path of a machine is in an archive, and without a spool nothing is ever
+captured.
 
     settings = WorkerSettings.read(os.environ, context.model_yaml_config)
     settings.apply()

@@ -90,7 +90,7 @@ def build(
 ) -> tuple[ArchiveRecord, bool]:
     """The archive of these members and its record, as `write`; `facts` are the record's fields that no file tells."""
     digests = _digests(members)
-    content = _content_digest(digests)
+    content = content_digest(digests)
     body = dict(members)
     store.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(store / ".archive.lock"):  # two builds at a time must not choose one number
@@ -201,5 +201,6 @@ def _digests(body: Mapping[str, Content]) -> dict[str, str]:
     }
 
 
-def _content_digest(digests: Mapping[str, str]) -> str:
+def content_digest(digests: Mapping[str, str]) -> str:
+    """Of all members but MAR-INF: two archives with the same one are one version."""
     return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()

@@ -25,8 +25,8 @@ CONFIG = "model-config.yaml"
 
 def serving(path: Path) -> dict[str, int]:
     """What a `.mar` says of workers, batch_size, max_batch_delay and threads."""
-    with zipfile.ZipFile(path) as archive:
-        document = yaml.safe_load(archive.read(CONFIG))
+    with zipfile.ZipFile(path) as opened:
+        document = yaml.safe_load(opened.read(CONFIG))
     return {
         "workers": int(document["minWorkers"]),
         "batch_size": int(document["batchSize"]),
@@ -61,4 +61,13 @@ def write(record: ArchiveRecord, folder: Path, store: Path, version: str, servin
     with files.replacing(store / file) as temporary:
         container.write(temporary, members | changed)
     bundle = hashlib.sha256(changed[archive.DIGESTS]).hexdigest()[:16]
-    return replace(record, version=version, file=file, bundle=bundle, workers=serving["workers"])
+    return replace(
+        record,
+        version=version,
+        file=file,
+        sha256=files.sha256(store / file),
+        size=(store / file).stat().st_size,
+        bundle=bundle,
+        content=archive.content_digest({name: one for name, one in digests.items() if name != archive.MANIFEST}),
+        workers=serving["workers"],
+    )

@@ -387,6 +387,18 @@ def test_codecs_that_disagree_with_pillow_are_a_load_error(monkeypatch: pytest.M
         images.require("turbo")
 
 
+def test_a_jpeg_codec_that_computes_otherwise_is_a_load_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    from handlers import turbo
+
+    def otherwise(encoded: Any, **limits: int) -> Any:
+        found = turbo.decode(encoded, **limits)
+        return found if found is None or bytes(encoded[:2]) != b"\xff\xd8" else found ^ 1
+
+    monkeypatch.setattr(images, "_quick", lambda decoder: otherwise)
+    with pytest.raises(LoadError, match="JPEG is not read here as Pillow reads it"):
+        images.require("turbo")
+
+
 def test_a_spec_keeps_its_decoder_and_one_of_old_says_pillow() -> None:
     old = ModelSpec("classification", "lenet", {}, ImageInput(3, 20, 24, decoder="pillow"), ("a", "b"))
     assert ModelSpec.from_json(old.to_json()).input == old.input

@@ -40,8 +40,11 @@ class Scripted:
 
     def __init__(self, data: bytes, sizes: list[int]) -> None:
         self._data, self._sizes = data, sizes
+        self.asked = 0
+        """The most that was asked for at a time: a socket reserves as much."""
 
     def recv(self, length: int) -> bytes:
+        self.asked = max(self.asked, length)
         size = min(length, self._sizes.pop(0) if self._sizes else 4096)
         piece, self._data = self._data[:size], self._data[size:]
         return piece
@@ -180,8 +183,29 @@ def test_a_length_that_is_a_lie_reserves_nothing() -> None:
         + wire._text("")
         + struct.pack("!i", 2**31 - 1)
     )
-    found, error = read_by_ours(data + b"abc", [])
-    assert (found, error) == ([], SystemExit)
+    conn = Scripted(data + b"abc", [])
+    with pytest.raises(SystemExit):
+        wire.Messages().retrieve(conn)
+    assert 0 < conn.asked <= 2**20
+
+
+@pytest.mark.parametrize("piece", [100, 4096])
+def test_many_small_fields_and_large_bodies_are_looked_at_once(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However small the pieces in which they come: each number is read a single time, and what was read is let go."""
+    fields = [(f"f{number}", "", b"x") for number in range(5000)]
+    requests = [wire.frame("many", {}, fields), *[wire.frame("large", {}, [("body", "", bytes(200_000))])] * 4]
+    read, number = [0], wire._number
+
+    def counted(data: Any, at: int) -> Any:
+        read[0] += 1
+        assert len(data) < 600_000
+        return number(data, at)
+
+    monkeypatch.setattr(wire, "_number", counted)
+    data = b"I" + b"".join(requests) + struct.pack("!i", -1)
+    _, message = wire.Messages().retrieve(wire.Pieces(data, piece))
+    assert [len(one) for one in message.fields] == [5000, 1, 1, 1, 1]
+    assert read[0] == 3 * 5000 + 4 * 3 + 5 * 3 + 1
 
 
 def load_frame() -> bytes:
@@ -392,8 +416,20 @@ CHANGES: dict[str, Any] = {
     "answers written otherwise": lambda patch, stock, service: patch.setattr(
         stock, "encode_response_headers", _changed(stock.encode_response_headers, lambda one: one + b"\0")
     ),
+    "a frame is longer": lambda patch, stock, service: patch.setattr(stock, "_retrieve_request", _longer(stock)),
     "gone": lambda patch, stock, service: patch.delattr(stock, "create_predict_response"),
 }  # fmt: skip
+
+
+def _longer(stock: Any) -> Any:
+    """One more number at the end of the list of requests."""
+    request = stock._retrieve_request
+
+    def retrieve(conn: Any) -> Any:
+        found = request(conn)
+        return found if found is not None else stock._retrieve_int(conn) and None
+
+    return retrieve
 
 
 def _changed(function: Any, change: Any) -> Any:
