@@ -201,9 +201,15 @@ class FastNet(Net):
 
     def prepare(self, x: Tensor) -> None:
         """Whitening from N×C×H×W examples; eigenvectors of the covariance of their 2×2 patches."""
-        patches = x.double().unfold(2, 2, 1).unfold(3, 2, 1).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(0, 2)
-        patches = patches - patches.mean(dim=0)
-        values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
+        patch = x.shape[1] * 4
+        count, total, squares = 0, x.new_zeros(patch).double(), x.new_zeros(patch, patch).double()
+        for some in x.split(64):  # patches of float64 are eight times as large as the examples
+            patches = some.double().unfold(2, 2, 1).unfold(3, 2, 1).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(0, 2)
+            count += len(patches)
+            total += patches.sum(dim=0)
+            squares += patches.T @ patches
+        mean = total / count
+        values, vectors = torch.linalg.eigh(squares / count - torch.outer(mean, mean))
         filters = (vectors / torch.sqrt(values + 5e-4)).T.flip(0).reshape(-1, *self.whiten.weight.shape[1:])
         self.whiten.weight.data.copy_(torch.cat([filters, -filters]))
         assert self.whiten.bias is not None

@@ -40,6 +40,7 @@ def launch(settings: TrainSettings) -> int:
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
 
     if settings.nproc < 1:
         raise SettingsError(f"--nproc is {settings.nproc}", hint="one process or more")
@@ -57,25 +58,37 @@ def launch(settings: TrainSettings) -> int:
         try:
             run.run(arguments)  # type: ignore[no-untyped-call]
         except ChildFailedError as error:
+            _raise_refused(Path(name))
+            rank, failure = error.get_first_failure()
+            how = f"signal {-failure.exitcode}" if failure.exitcode < 0 else f"exit status {failure.exitcode}"
             raise RunError(
                 f"training by {settings.nproc} processes ended after {arguments.max_restarts} restarts: "
-                f"{str(error).strip().splitlines()[0]}",
+                f"process {rank} ended with {how}",
                 hint="the same command goes on from the last whole epoch",
+            ) from None
+        except RendezvousError as error:
+            raise RunError(
+                f"the processes did not meet: {error or type(error).__name__}",
+                hint="all machines need the same --rdzv-endpoint, and --nnodes of them must be started",
+            ) from None
+        except (ValueError, AssertionError) as error:
+            if not settings.torchrun:
+                raise
+            raise SettingsError(
+                f"torchrun does not take {settings.torchrun!r}: {error}", hint="see `torchrun --help`"
             ) from None
         except SignalException as stop:
             if stop.sigval == signal.SIGINT:
                 raise KeyboardInterrupt from None
             raise SystemExit(128 + int(stop.sigval)) from None
-        if refused := sorted(Path(name).glob("refused-*.json")):
-            said = json.loads(refused[0].read_text(encoding="utf-8"))
-            kind = SettingsError if said["usage"] else RunError
-            raise kind(said["message"], hint=said["hint"])
+        _raise_refused(Path(name))
     return 0
 
 
 @contextlib.contextmanager
 def told_to_the_parent() -> Iterator[None]:
-    """An expected failure is not tried again by torchrun: it is written down, and this process ends well."""
+    """An expected failure is not tried again by torchrun: it is written down, and this process ends well. So do the
+    others, who lose their connection to it."""
     where = os.environ.get(distributed.MEETING)
     try:
         yield
@@ -84,6 +97,21 @@ def told_to_the_parent() -> Iterator[None]:
             raise
         said = {"message": error.message, "hint": error.hint, "usage": isinstance(error, SettingsError)}
         files.write_json(Path(where) / f"refused-{os.environ['RANK']}.json", said)
+    except Exception:
+        if where is None or not _refused(Path(where)):
+            raise
+
+
+def _refused(folder: Path) -> list[Path]:
+    return sorted(folder.glob("refused-*.json"))
+
+
+def _raise_refused(folder: Path) -> None:
+    """What a process has written down, if any has."""
+    for path in _refused(folder):
+        said = json.loads(path.read_text(encoding="utf-8"))
+        kind = SettingsError if said["usage"] else RunError
+        raise kind(said["message"], hint=said["hint"])
 
 
 def _options(settings: TrainSettings, folder: Path) -> list[str]:
@@ -112,12 +140,18 @@ def _words(settings: TrainSettings) -> list[str]:
 @contextlib.contextmanager
 def _environment(settings: TrainSettings, folder: str) -> Iterator[None]:
     """What the processes inherit, for as long as they run. One machine: loopback and a folder; no port."""
-    threads = max(1, (os.cpu_count() or 1) // settings.nproc)
-    changed = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)), "PYTHONUNBUFFERED": "1"}
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = max(1, cores // settings.nproc)
+    changed = {
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
+        "PYTHONUNBUFFERED": "1",
+        distributed.STARTED: folder,
+    }
     if not settings.torchrun:
         changed |= {
             distributed.MEETING: folder,
             "GLOO_SOCKET_IFNAME": _loopback(),
+            "NCCL_SOCKET_IFNAME": _loopback(),
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
         }
     before = {name: os.environ.get(name) for name in changed}

@@ -23,10 +23,11 @@ def main(settings: TrainSettings) -> int:
     if together.wanted(settings):
         recipe.load(settings.recipe, recipes_dir=settings.recipes, overrides=settings.overrides())
         return together.launch(settings)
-    with together.told_to_the_parent(), distributed.joined() as team:
+    # What is refused is written down before the others find this process gone.
+    with distributed.joined() as team, together.told_to_the_parent():
         if team.size > 1:
             signal.signal(signal.SIGTERM, _ended)
-        _, run = trained(settings, resume=settings.resume or distributed.restarted())
+        _, run = trained(settings, resume=distributed.restarted() or settings.resume)
         if team.leader:
             tell(run, as_json=settings.json)
     return 0

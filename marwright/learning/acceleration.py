@@ -1,6 +1,6 @@
 """bfloat16 and compiled nets: where they are possible, and a plain word where they are not.
 
-    problem = acceleration.impossible(training, device)     # "" if it can be done
+    acceleration.require(training, device)                  # RunError if it cannot be done
     with acceleration.computing(training, device): ...      # the forward pass, in the recipe's precision
 
 Neither pays for every net on every processor: docs/training.md has what was measured.
@@ -46,7 +46,8 @@ def layout(net: nn.Module, device: torch.device) -> torch.memory_format:
     """How pictures lie in memory: channels last, which convolutions are fastest with.
 
     But not for a strided 1×1 convolution of few channels on a CPU: torch 2.14 (oneDNN, AVX-512) writes past its memory
-    in the backward pass of one with 4 or 8 channels in channels-last, with two threads; 16 and more are sound.
+    in the backward pass of one with 4 channels in channels-last, with two threads. 16 and more were sound; nothing
+    between them was looked at alone.
     """
     narrow = any(
         isinstance(one, nn.Conv2d) and one.kernel_size == (1, 1) and max(one.stride) > 1 and one.in_channels < 16

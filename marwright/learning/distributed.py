@@ -30,10 +30,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
+from marwright.errors import RunError
+
 MEETING = "MARWRIGHT_TRAIN_MEETING"
 """Names the folder in which the processes of one machine meet. Set by whoever starts them."""
+STARTED = "MARWRIGHT_TRAIN_STARTED"
+"""Names a folder of the parent's, in which the first start leaves a mark: what comes later is a restart."""
 TIMEOUT = timedelta(minutes=10)
-"""For one exchange: more than the leader needs to judge an epoch, while the others wait."""
+"""For one exchange between processes that all compute: sums of gradients and of norms."""
+PATIENCE = timedelta(days=1)
+"""For what one does while the others wait: decoding, another training's lock, judging, the report."""
 
 T = TypeVar("T")
 
@@ -55,6 +61,8 @@ class Team:
     size: int = 1
     local: int = 0
     share: Share = field(default_factory=lambda: Share(0, slice(None), 1.0))
+    waiting: Any = None
+    """The process group (gloo, of CPU tensors) for exchanges that wait for one process's work."""
 
     @property
     def leader(self) -> bool:
@@ -83,13 +91,13 @@ class Team:
         if self.size == 1:
             return value
         payload = _bytes(value) if self.leader else torch.empty(0, dtype=torch.uint8)
-        length = torch.tensor([len(payload)], device=self.device)
-        dist.broadcast(length, 0)
-        held = payload.to(self.device) if self.leader else torch.empty(int(length), dtype=torch.uint8).to(self.device)
-        dist.broadcast(held, 0)
+        length = torch.tensor([len(payload)])
+        dist.broadcast(length, 0, group=self.waiting)
+        held = payload if self.leader else torch.empty(int(length), dtype=torch.uint8)
+        dist.broadcast(held, 0, group=self.waiting)
         if self.leader:
             return value
-        stream = io.BytesIO(held.cpu().numpy().tobytes())
+        stream = io.BytesIO(held.numpy().tobytes())
         received: T = torch.load(stream, map_location="cpu", weights_only=True)
         return received
 
@@ -99,28 +107,34 @@ class Team:
             dist.all_reduce(value)
         return value
 
+    def any(self, claim: bool) -> bool:
+        """Whether it holds in any of the processes."""
+        if self.size == 1:
+            return claim
+        count = torch.tensor([int(claim)])
+        dist.all_reduce(count, group=self.waiting)
+        return bool(count)
+
     def first(self, work: Callable[[], T]) -> T:
         """`work()` in each process, one of each machine before the others: they find what it left on the disk."""
         if self.size == 1:
             return work()
         if self.local == 0:
             done = work()
-            self._wait()
+            self.any(False)
             return done
-        self._wait()
+        self.any(False)
         return work()
 
     def shared(self, net: nn.Module) -> nn.Module:
-        """`net` as what is called in training; its norms and dropouts are exchanged for those that share."""
+        """`net` as what is called in training; its norms and dropouts are exchanged for those that share. `RunError`
+        where it has layers of chance, or norms, that cannot be."""
         if self.size == 1:
             return net
         _exchange(net, self)
         # Norms keep their running statistics alike by themselves: nothing else needs to be sent around.
         ids = [self.local] if self.device.type == "cuda" else None
         return DistributedDataParallel(net, device_ids=ids, forward_sync_buffers=False)
-
-    def _wait(self) -> None:
-        self.summed(torch.zeros(1, device=self.device))
 
 
 _team = Team()
@@ -151,6 +165,7 @@ def joined() -> Iterator[Team]:
         world_size=made.size,
         timeout=TIMEOUT,
     )
+    made.waiting = dist.new_group(backend="gloo", timeout=PATIENCE)
     _team = made
     try:
         yield made
@@ -160,8 +175,14 @@ def joined() -> Iterator[Team]:
 
 
 def restarted() -> bool:
-    """Whether torchrun has started this process again, because one of the team was lost."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    """Whether torchrun has started this team again, because a process was lost or a machine has come. Asked once, by
+    all. torchrun itself counts only the first of the two, so the parent has a mark left for it, where there is one."""
+    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    if folder := os.environ.get(STARTED):
+        mark = Path(folder) / f"started-{_team.local}"
+        again = again or mark.exists()
+        mark.touch()
+    return _team.any(again)
 
 
 class SharedNorm(nn.Module):
@@ -185,9 +206,9 @@ class SharedNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         mean, var = self.running_mean, self.running_var
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))  # bfloat16 is rounded once, at the end
         if self.training:
             axes = [axis for axis in range(x.ndim) if axis != 1]
-            wide = x.to(torch.promote_types(x.dtype, torch.float32))
             count = _sum(wide.new_full((1,), x.numel() // x.shape[1]))
             mean = _sum(wide.sum(axes)) / count
             var = _sum(((wide - mean.reshape(_column(x))) ** 2).sum(axes)) / count
@@ -198,7 +219,7 @@ class SharedNorm(nn.Module):
         if self.weight is not None:
             scale = scale * self.weight
         shift = -mean * scale if self.bias is None else self.bias - mean * scale
-        return x * scale.reshape(_column(x)).to(x.dtype) + shift.reshape(_column(x)).to(x.dtype)
+        return (wide * scale.reshape(_column(x)) + shift.reshape(_column(x))).to(x.dtype)
 
     def _remember(self, mean: Tensor, var: Tensor) -> None:
         if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
@@ -230,8 +251,22 @@ def _exchange(net: nn.Module, team: Team) -> None:
             setattr(net, name, SharedNorm(child))
         elif isinstance(child, nn.Dropout):
             setattr(net, name, SharedDropout(child.p, team))
+        elif child.training and _apart(child):
+            raise RunError(
+                f"the net has a {type(child).__name__}, which several processes cannot share as one would do it",
+                hint="train without --nproc",
+            )
         else:
             _exchange(child, team)
+
+
+def _apart(layer: nn.Module) -> bool:
+    """Whether its answers in training would be other ones in each process: chance, or a norm of a part of the batch."""
+    if isinstance(layer, nn.modules.dropout._DropoutNd) or type(layer).__name__ == "StochasticDepth":
+        return bool(layer.p)
+    if isinstance(layer, nn.MultiheadAttention):
+        return layer.dropout > 0
+    return isinstance(layer, nn.modules.batchnorm._BatchNorm | nn.RReLU)
 
 
 class _Sum(torch.autograd.Function):

@@ -22,7 +22,8 @@ from marwright.runs import Run
 
 CHUNK = 4096
 PREPARED = 2048
-"""Examples, evenly from the training part, that a net may look at before it learns."""
+"""Examples, evenly from the training part, that a net may look at before it learns; fewer where they are large."""
+PREPARED_BYTES = 1 << 27
 
 
 def problems(recipe: Recipe) -> list[str]:
@@ -75,8 +76,10 @@ def build(recipe: Recipe, dataset: Dataset) -> ServingGraph:
         net = nets.build(recipe.net.name, **net_args(recipe, width=width), **recipe.net.args)
     if recipe.task == "classification":
         graph = ServingGraph(net, task=recipe.task, mean=mean, std=std)
-        few = torch.linspace(0, len(dataset.train) - 1, min(PREPARED, len(dataset.train))).long()
-        net.prepare(graph.normalise(dataset.train.take(few)[0]))
+        if type(net).prepare is not Net.prepare:
+            fit = max(1, PREPARED_BYTES // (4 * dataset.train.inputs[0].numel()))  # float32
+            few = torch.linspace(0, len(dataset.train) - 1, min(PREPARED, fit, len(dataset.train))).long()
+            net.prepare(graph.normalise(dataset.train.take(few)[0]))
         return graph
     targets = dataset.train.targets.double()
     spread = float(targets.std(unbiased=False))

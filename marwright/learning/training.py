@@ -79,9 +79,10 @@ def train(
     """
     start = methods.start_of(method, start)
     run, team = Run(run_dir_root / provenance.run_id(recipe, dataset, start, method)), distributed.team()
-    if (leaders := team.told(run.id)) != run.id:
+    leaders = team.told(run.id)
+    if team.any(leaders != run.id):
         raise RunError(
-            f"process {team.rank} would train {run.id}, and the leader {leaders}",
+            f"not all processes would train {leaders}, which is the leader's (process {team.rank}: {run.id})",
             hint="all machines need the same code, recipe and data",
         )
     if team.told(run.finished):

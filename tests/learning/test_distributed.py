@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from marwright.errors import RunError, SettingsError
 from marwright.learning import data, distributed, methods, recipe, training
@@ -214,6 +219,106 @@ def test_a_refusal_in_a_process_is_the_parents_own(tmp_path: Path, monkeypatch: 
     monkeypatch.delenv(distributed.MEETING)
     with pytest.raises(RunError, match="came apart"), together.told_to_the_parent():
         raise RunError("came apart")
+
+
+def test_what_all_would_be_refused_is_tried_once_and_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The leader finds nothing at the path and ends; the other loses its connection to it."""
+    meeting, missing = tmp_path / "meeting", tmp_path / "nowhere.zip"
+    meeting.mkdir()
+    monkeypatch.setattr(together.tempfile, "TemporaryDirectory", lambda prefix: contextlib.nullcontext(str(meeting)))
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(RunError, match=re.escape(str(missing))):
+        together.launch(TrainSettings(recipe="cifar10", data=missing, runs=tmp_path / "runs", nproc=2))
+    assert (meeting / "refused-0.json").is_file()
+    assert [path.name for path in meeting.glob("team-*")] in (["team-0"], []), "no second attempt"
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_who_only_lost_the_connection_ends_well_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(distributed.MEETING, str(tmp_path))
+    with pytest.raises(RuntimeError), together.told_to_the_parent():
+        raise RuntimeError("connection closed")
+    (tmp_path / "refused-0.json").write_text("{}", encoding="utf-8")
+    with together.told_to_the_parent():
+        raise RuntimeError("connection closed")
+
+
+def test_a_restart_is_known_by_the_mark_of_the_first_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT", raising=False)
+    assert not distributed.restarted()
+    monkeypatch.setenv(distributed.STARTED, str(tmp_path))
+    assert not distributed.restarted()
+    assert distributed.restarted()
+
+
+def test_nonsense_that_torchrun_finds_late_is_refused() -> None:
+    with pytest.raises(SettingsError, match="--nnodes=abc"):
+        together.launch(TrainSettings(nproc=1, torchrun="--nnodes=abc"))
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.Dropout2d(0.1), nn.BatchNorm3d(2), nn.RReLU(), nn.MultiheadAttention(4, 2, dropout=0.1)]
+)
+def test_layers_that_cannot_be_shared_are_refused(layer: nn.Module) -> None:
+    net = nn.Sequential(nn.Linear(2, 2), nn.Sequential(layer))
+    with pytest.raises(RunError, match=type(layer).__name__):
+        distributed.Team(0, 2).shared(net)
+    distributed._exchange(net.eval(), distributed.Team(0, 2))  # frozen ones do nothing
+
+
+class Threads:
+    """`all_reduce` between two threads."""
+
+    def __init__(self) -> None:
+        self.barrier = threading.Barrier(2, timeout=30)
+        self.given: dict[int, torch.Tensor] = {}
+
+    def all_reduce(self, value: torch.Tensor) -> None:
+        self.given[threading.get_ident()] = value.clone()
+        self.barrier.wait()
+        total = torch.stack(list(self.given.values())).sum(dim=0)
+        self.barrier.wait()
+        value.copy_(total)
+
+
+@pytest.mark.parametrize(("kind", "within"), [(torch.float64, 2e-14), (torch.bfloat16, 0.02)])
+def test_a_shared_norm_is_the_norm_of_the_whole_batch(
+    kind: torch.dtype, within: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    whole, weights = (torch.randn(21, 5, 6, 6, generator=generator).to(kind) for _ in range(2))
+    whole = whole * 3 + 2
+    parts = [slice(0, 10), slice(10, 21)]
+
+    def norm() -> nn.BatchNorm2d:
+        made = nn.BatchNorm2d(5).to(torch.promote_types(kind, torch.float32))
+        with torch.no_grad():
+            made.weight.copy_(torch.linspace(0.5, 2, 5))
+            made.bias.copy_(torch.linspace(-1, 1, 5))
+        return made
+
+    def step(layer: nn.Module, part: slice) -> list[torch.Tensor]:
+        x = whole[part].clone().requires_grad_()
+        out = layer(x)
+        (out * weights[part]).sum().backward()
+        assert out.dtype == kind
+        assert x.grad is not None
+        assert isinstance(layer.weight, nn.Parameter)
+        assert isinstance(layer.bias, nn.Parameter)
+        return [out.detach(), x.grad, layer.weight.grad, layer.bias.grad, layer.running_mean, layer.running_var]  # type: ignore[list-item]
+
+    expected = step(norm(), slice(None))
+    monkeypatch.setattr(distributed.dist, "all_reduce", Threads().all_reduce)
+    with ThreadPoolExecutor(2) as pool:
+        one, two = pool.map(lambda part: step(distributed.SharedNorm(norm()), part), parts)
+    joined = [torch.cat(pair) for pair in zip(one[:2], two[:2], strict=True)]
+    joined += [sum(pair) for pair in zip(one[2:4], two[2:4], strict=True)]  # type: ignore[misc]
+    for found in ([*joined, *one[4:]], [*joined, *two[4:]]):
+        for mine, theirs in zip(found, expected, strict=True):
+            furthest = float((mine.double() - theirs.double()).abs().max() / theirs.double().abs().max())
+            assert furthest <= within
 
 
 def test_a_method_that_replays_is_for_one_process(
