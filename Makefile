@@ -136,9 +136,8 @@ sweep: $(STAMP) ## kill the tool at every point of a rollout and a rollback, and
 lint: $(STAMP) ## ruff and mypy alone
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
-bench: $(STAMP) ## train recipes three times and print what they reach: make bench RECIPES=cifar10 DATA=cifar10.zip
-	@$(BIN)/python benchmarks/training.py run $(or $(RECIPES),digits diabetes-mlp diabetes-linear) $(if $(DATA),--data '$(DATA)')
-	@$(BIN)/python benchmarks/training.py show
+bench: $(STAMP) ## measure, then make docs/performance.md: make bench DATA=cifar10.zip [BENCH="serving levers"]; all of it takes hours
+	@$(BIN)/python benchmarks/performance.py run $(BENCH) $(if $(DATA),--data '$(DATA)')
 
 clean: ## remove caches; never model_store/, runs/ or the journal
 	@rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info

@@ -3,9 +3,9 @@
     python benchmarks/stages.py run [--profile]
     python benchmarks/stages.py show
 
-The frames that TorchServe's frontend would send (a 32×32 PNG over HTTP with the usual headers) go through the wire codec,
-the handler and back, at several batch sizes, for cifar10's small net in ONNX. `ts`'s own codec reads and writes the same
-frames beside it. Each figure is the median over the repeats. `run` replaces benchmarks/results/stages.csv.
+The frames that TorchServe's frontend would send (a 32×32 PNG over HTTP with the usual headers) go through the wire
+codec, the handler and back, at several batch sizes, for cifar10's small net in ONNX. `ts`'s own codec reads and writes
+the same frames beside it. Each figure is the median over the repeats. `run` replaces benchmarks/results/stages.csv.
 """
 
 from __future__ import annotations
