@@ -42,7 +42,7 @@ from benchmarks.serving.systems import MARKER, SYSTEMS, Served, System
 
 ALL: dict[str, System] = SYSTEMS | peers.SYSTEMS
 CONNECTIONS = (8, 32, 128, 64, 1)
-"""In this order: Java compiles itself for some ten seconds under load, and the rows that goals speak of come after that."""
+"""In this order: Java compiles itself for some ten seconds under load; what goals speak of comes after that."""
 SHARES = (0.25, 0.5, 0.75, 0.9)
 LIMIT = 256
 """Connections of an open loop at most."""
