@@ -203,7 +203,7 @@ class FastNet(Net):
         """Whitening from N×C×H×W examples; eigenvectors of the covariance of their 2×2 patches."""
         patch = x.shape[1] * 4
         count, total, squares = 0, x.new_zeros(patch).double(), x.new_zeros(patch, patch).double()
-        for some in x.split(64):  # patches of float64 are eight times as large as the examples
+        for some in torch.split(x, 64):  # patches of float64 are eight times as large as the examples
             patches = some.double().unfold(2, 2, 1).unfold(3, 2, 1).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(0, 2)
             count += len(patches)
             total += patches.sum(dim=0)

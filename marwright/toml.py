@@ -6,7 +6,7 @@ toml.with_keys(text, "serving", {"workers": 2})
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import tomlkit
 from tomlkit.exceptions import TOMLKitError
@@ -17,8 +17,9 @@ from marwright.errors import SettingsError
 Value = str | int | float | bool
 
 
-def with_keys(text: str, table: str, values: Mapping[str, Value]) -> str:
-    """`text` with `values` in `[table]`, which is made where it lacks. What says so already is not touched.
+def with_keys(text: str, table: str, values: Mapping[str, Value], *, without: Collection[str] = ()) -> str:
+    """`text` with `values` in `[table]`, which is made where it lacks, and `without` those keys. What says so already
+    is not touched.
 
     SettingsError where the text is not TOML, or could not be changed without changing more.
     """
@@ -34,8 +35,11 @@ def with_keys(text: str, table: str, values: Mapping[str, Value]) -> str:
         for key, value in values.items():
             if key not in section or section[key] != value or type(wanted[table][key]) is not type(value):
                 section[key] = value
-        changed = tomlkit.dumps(document)
         wanted.setdefault(table, {}).update(values)
+        for key in without:
+            if wanted[table].pop(key, None) is not None:
+                section.remove(key)
+        changed = tomlkit.dumps(document)
         right = tomllib.loads(changed) == wanted
     except (tomllib.TOMLDecodeError, TOMLKitError, TypeError, AttributeError) as error:
         raise SettingsError(f"not TOML that can be changed: {error}", hint="set the keys by hand") from None

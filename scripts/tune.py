@@ -1,6 +1,7 @@
 """Find how a model is served best on this machine: a TorchServe of its own, real load, a bounded time.
 
-Neither the store nor the running server is touched. Only `--write` changes anything: [serving] of the recipe.
+Neither the store nor the running server is touched, and the recipe only by `--write` (its [serving]). To try another
+format, the run's net is exported to it: the artifact stays in the run's folder. `--html` writes the page it names.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+import psutil
 
 from marwright import cli, files, toml
 from marwright.errors import ArchiveError, MarwrightError, NotReady, SettingsError
@@ -29,6 +32,8 @@ from marwright.settings import TuneSettings
 
 SETTINGS = TuneSettings
 LEAST_MINUTES = 0.2
+WORKER_BYTES = 512 * 2**20
+"""What a worker with a small net takes, about: torch and ONNX Runtime are most of it."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,8 @@ def main(settings: TuneSettings) -> int:
     with scratch.server(settings.config) as server:
         sources = _sources(subject, server.home / "built")
         threads = not os.environ.get("MARWRIGHT_THREADS")  # it beats what the archive says
-        space = Space.of(subject.today, cores=cores, formats=tuple(sources), threads=threads)
+        room = psutil.virtual_memory().available // WORKER_BYTES
+        space = Space.of(subject.today, cores=cores, formats=tuple(sources), threads=threads, workers=room)
         server.bring_up({}, progress=lambda line: _say(settings, line))
         with Trying(server, sources, target=target, connections=settings.connections) as bench:
             left = settings.minutes * 60 - (time.monotonic() - began)
@@ -134,11 +140,9 @@ def _sources(subject: Subject, folder: Path) -> Mapping[str, Callable[[], Source
 def _refuse_unreachable(found: Found) -> None:
     if found.reached:
         return
-    nearest, target = found.nearest, found.target
-    best = f"{nearest.alone.at(target):.2f} ms" if nearest.alone else "no answer"
     raise MarwrightError(
-        f"nothing that was tried keeps {target}: the best is {nearest.setting},"
-        f" p{target.percentile:g} {best} for one client alone ({len(found.trials)} settings tried)",
+        f"nothing that was tried keeps {found.target}: {tunepage.shortfall(found)}"
+        f" ({len(found.trials)} settings tried)",
         hint="a target that is further away, more --minutes, or a smaller net",
     )
 
@@ -146,7 +150,7 @@ def _refuse_unreachable(found: Found) -> None:
 def _written(settings: TuneSettings, found: Found) -> Path:
     path = (settings.recipes / f"{settings.model}.toml").resolve()
     text = path.read_bytes().decode("utf-8")  # line ends as they are
-    files.write_text(path, toml.with_keys(text, "serving", tunepage.section(found.winner)))
+    files.write_text(path, toml.with_keys(text, "serving", tunepage.section(found.winner), without=tunepage.OVERRULED))
     return path
 
 

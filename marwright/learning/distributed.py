@@ -265,7 +265,7 @@ def _apart(layer: nn.Module) -> bool:
     if isinstance(layer, nn.modules.dropout._DropoutNd) or type(layer).__name__ == "StochasticDepth":
         return bool(layer.p)
     if isinstance(layer, nn.MultiheadAttention):
-        return layer.dropout > 0
+        return bool(layer.dropout)
     return isinstance(layer, nn.modules.batchnorm._BatchNorm | nn.RReLU)
 
 

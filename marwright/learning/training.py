@@ -79,8 +79,7 @@ def train(
     """
     start = methods.start_of(method, start)
     run, team = Run(run_dir_root / provenance.run_id(recipe, dataset, start, method)), distributed.team()
-    leaders = team.told(run.id)
-    if team.any(leaders != run.id):
+    if team.any((leaders := team.told(run.id)) != run.id):
         raise RunError(
             f"not all processes would train {leaders}, which is the leader's (process {team.rank}: {run.id})",
             hint="all machines need the same code, recipe and data",

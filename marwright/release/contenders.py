@@ -66,7 +66,7 @@ class Measured:
     """One run under load."""
 
     rate: float
-    """Requests a second that were due; of a closed loop, that were answered."""
+    """Requests a second that were due; of a closed loop, that were answered rightly."""
     requests: int
     failed: int
     percentiles: Mapping[float, float]
@@ -111,12 +111,16 @@ class Space:
     cores: int
 
     @classmethod
-    def of(cls, today: Setting, *, cores: int, formats: Sequence[str], threads: bool = True) -> Space:
-        """For a machine with so many cores. `threads` False: something else sets them."""
+    def of(
+        cls, today: Setting, *, cores: int, formats: Sequence[str], threads: bool = True, workers: int | None = None
+    ) -> Space:
+        """For a machine with so many cores. `threads` False: something else sets them. `workers`: the most for which
+        there is memory."""
         ladder = sorted({1, *(2**power for power in range(1, 11) if 2**power < cores), cores})
+        most = max(1, cores if workers is None else workers)
         return cls(
             formats=tuple(formats),
-            workers=tuple(ladder),
+            workers=tuple(each for each in ladder if each <= most),
             batch_sizes=(1, 2, 4, 8, 16, 32, 64, 128),
             delays=(1, 2, 5),
             threads=tuple(ladder) if threads else (today.threads,),
@@ -126,7 +130,7 @@ class Space:
     def first(self, today: Setting) -> list[Setting]:
         """Where to begin: for many clients, for few, and one worker with all cores."""
         few = replace(today, workers=1, batch_size=1, max_batch_delay=1)
-        many = replace(today, workers=self.cores, batch_size=16, max_batch_delay=1)
+        many = replace(today, workers=max(self.workers), batch_size=16, max_batch_delay=1)
         if len(self.threads) > 1:
             few, many = replace(few, threads=1), replace(many, threads=1)
         wide = replace(many, workers=1, threads=max(self.threads))
@@ -247,8 +251,13 @@ class Found:
 
     @property
     def nearest(self) -> Trial:
-        """Of all that was tried, whose lone client was answered soonest."""
-        return min(self.trials, key=lambda trial: trial.alone.at(self.target) if trial.alone else float("inf"))
+        """Of all that was tried, whose lone client was answered soonest; without a failure, where there is such."""
+
+        def late(trial: Trial) -> tuple[bool, float]:
+            alone = trial.alone
+            return (bool(alone.failed), alone.at(self.target)) if alone else (True, _NEVER)
+
+        return min(self.trials, key=late)
 
 
 def _beside(ladder: Sequence[int], value: int) -> list[int]:

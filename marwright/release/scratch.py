@@ -62,19 +62,25 @@ def moved(text: str) -> str:
 
 @contextlib.contextmanager
 def terminable() -> Iterator[None]:
-    """SIGTERM ends what is inside as Ctrl-C does: with all that is to be cleaned up."""
+    """SIGTERM, and SIGHUP but under nohup, end what is inside as Ctrl-C does: with all that is to be cleaned up."""
 
     def end(number: int, frame: FrameType | None) -> None:
         sys.exit(128 + number)
 
-    with _handling(signal.SIGTERM, end):
+    hang_up = signal.getsignal(signal.SIGHUP)
+    with (
+        _handling(signal.SIGTERM, end),
+        _handling(signal.SIGHUP, hang_up if hang_up is signal.SIG_IGN else end),
+    ):
         yield
 
 
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
     """A second Ctrl-C does not stop the cleaning up after the first."""
-    with _handling(signal.SIGINT, signal.SIG_IGN), _handling(signal.SIGTERM, signal.SIG_IGN):
+    with contextlib.ExitStack() as stack:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            stack.enter_context(_handling(number, signal.SIG_IGN))
         yield
 
 

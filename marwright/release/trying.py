@@ -1,13 +1,16 @@
 """The real bench of `tuning`: variants of one archive, loaded into a scratch server and put under load.
 
-    with scratch.server(config) as server, Trying(server, "digits", sources, target=Target.parse("p99=20ms")) as bench:
-        tuning.search(bench, …)
+    with scratch.server(config) as server:
+        server.bring_up({})
+        with Trying(server, sources, target=Target.parse("p99=20ms"), connections=128) as bench:
+            tuning.search(bench, …)
 
 A variant is loaded when it is tried and taken out when it is dropped; its workers' memory is free again then.
 """
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,6 +21,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
+from marwright.errors import MarwrightError
 from marwright.packing import container, golden, variants
 from marwright.packing.records import ArchiveRecord
 from marwright.release import loading, proof
@@ -93,7 +97,8 @@ class Trying:
                 loading.bring_in(client, record, server=self._server, call_seconds=_SECONDS, ready_seconds=_SECONDS)
                 proof.prove(client, record, examples)
         except BaseException:
-            self._remove(record)
+            with contextlib.suppress(MarwrightError):
+                self._remove(record)
             raise
         self._loaded[setting] = record
         if self._sender is None:
@@ -101,13 +106,15 @@ class Trying:
             self._sender = Sender(str(address.hostname), int(address.port or 80), examples)
 
     def drop(self, setting: Setting) -> None:
+        """What cannot be taken out stays loaded, idle: no reason to end a search."""
         record = self._loaded.pop(setting, None)
         if record is not None:
-            self._remove(record)
+            with contextlib.suppress(MarwrightError):
+                self._remove(record)
 
     def closed(self, setting: Setting, connections: int | None, seconds: float) -> Measured:
         outcome = self._send(setting, 0.0, seconds, connections or self._connections)
-        return self._measured(outcome, outcome.requests / max(outcome.seconds, 1e-9))
+        return self._measured(outcome, len(outcome.latencies) / max(outcome.seconds, 1e-9))
 
     def open(self, setting: Setting, rate: float, seconds: float) -> Measured:
         return self._measured(self._send(setting, rate, seconds, self._connections), rate)
@@ -146,6 +153,8 @@ class Trying:
         return self._unpacked[format]
 
     def _remove(self, record: ArchiveRecord) -> None:
-        with self._server.client(timeout=15.0) as client:
-            loading.remove(client, record.model, record.version)
-        (self._store / record.file).unlink(missing_ok=True)
+        try:
+            with self._server.client(timeout=15.0) as client:
+                loading.remove(client, record.model, record.version)
+        finally:
+            (self._store / record.file).unlink(missing_ok=True)

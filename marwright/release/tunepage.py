@@ -9,6 +9,8 @@ from marwright import report
 from marwright.release.contenders import Curve, Found
 
 KEYS = ("format", "workers", "batch_size", "max_batch_delay", "threads")
+OVERRULED = ("profile",)
+"""What means nothing beside them."""
 
 
 def section(curve: Curve) -> dict[str, str | int]:
@@ -57,6 +59,30 @@ def verdict(found: Found) -> str:
         f"nothing is better than today's settings beyond noise: {found.target}"
         f" {f'up to {theirs:.0f}/s' if theirs else 'at no rate'}; {best.setting}: {mine:.0f}/s ({rounds})"
     )
+
+
+def shortfall(found: Found) -> str:
+    """Of a search that reached nothing: what came nearest, and where it fell short."""
+    target, trial = found.target, found.nearest
+    if found.winner.trial.alone and found.winner.trial.alone.holds(target):
+        trial = found.winner.trial
+    alone = trial.alone
+    if alone is None:
+        return f"{trial.setting} was not measured"
+    if alone.failed:
+        return f"the best is {trial.setting}, {alone.failed} of {alone.requests} requests failed: {alone.why}"
+    best = f"the best is {trial.setting}, p{target.percentile:g} {alone.at(target):.2f} ms for one client alone"
+    if not alone.holds(target):
+        return best
+    again = [run for curve in found.curves if curve.trial is trial for each in curve.rounds for run in each.values()]
+    if failed := [run for run in again if run.failed]:
+        requests = sum(run.requests for run in again)
+        return (
+            f"{best}, but of {requests} requests under load {sum(run.failed for run in failed)} failed: {failed[0].why}"
+        )
+    if trial.rate:
+        return f"{best}; it held {trial.rate:.0f}/s at first, but no rate when it was measured again"
+    return f"{best}, but no rate that was tried{f' ({trial.note})' if trial.note else ''}"
 
 
 def document(found: Found) -> dict[str, Any]:

@@ -218,6 +218,8 @@ class _Search:
         names = " and ".join(f"({curve.setting})" for curve in curves)
         self._tell(f"{self._bench.now() - self._began:5.0f} s  by turns, {rounds} rounds: {names}")
         for turn in range(rounds):
+            if turn and self._bench.now() + once > self._end:
+                break
             self._round(curves if turn % 2 == 0 else curves[::-1], sorted(rates))
         return sorted(curves, key=self._rank)
 

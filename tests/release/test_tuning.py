@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
+import signal
 import socket
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import product
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
-from marwright.errors import ExportError, ServerUnreachable, SettingsError
+from marwright.errors import ExportError, ServerError, ServerUnreachable, SettingsError
 from marwright.packing.golden import Golden
-from marwright.release import tunepage, tuning
+from marwright.packing.records import ArchiveRecord
+from marwright.release import scratch, trying, tunepage, tuning
 from marwright.release.contenders import Measured, Setting, Space, Target
 from marwright.release.loadtest import lean
 from marwright.release.loadtest.lean import Plan, Sender
+from marwright.release.server import Server
+from marwright.release.trying import Trying
 
 TODAY = Setting("onnx", workers=1, batch_size=16, max_batch_delay=1, threads=1)
 P99 = Target.parse("p99=20ms")
@@ -147,6 +155,20 @@ def test_the_time_is_kept(seconds: float) -> None:
         assert len(found.trials) < 6
 
 
+def test_the_finale_looks_at_the_clock() -> None:
+    class Slow(MadeUp):
+        """Each run takes three times as long as it was to."""
+
+        def open(self, setting: Setting, rate: float, seconds: float) -> Measured:
+            self.time += 2 * seconds
+            return super().open(setting, rate, seconds)
+
+    server = Slow()
+    found = tuning.search(server, TODAY, SPACE, P99, 300.0)
+    assert server.time - 100.0 <= 330.0
+    assert len(found.winner.rounds) == 1
+
+
 def test_with_time_enough_nothing_beside_the_best_is_left_untried() -> None:
     found = tuning.search(MadeUp(), TODAY, SPACE, P99, 1200.0)
     assert not found.untried
@@ -186,6 +208,27 @@ def test_a_target_that_nothing_reaches_is_said_and_the_nearest_named() -> None:
     assert not found.better
     assert found.nearest.setting.batch_size == 1
     assert "nothing" in tunepage.verdict(found)
+    assert tunepage.shortfall(found).endswith("ms for one client alone")
+
+
+def test_a_target_that_only_load_misses_is_not_said_to_be_missed_alone() -> None:
+    class Weak(MadeUp):
+        """Sound for a lone client; under load from some time on, some requests fail."""
+
+        since = 0.0
+
+        def open(self, setting: Setting, rate: float, seconds: float) -> Measured:
+            run = super().open(setting, rate, seconds)
+            return replace(run, failed=3, why="status 507") if self.time > self.since else run
+
+    for since in (0.0, 300.0):
+        server = Weak()
+        server.since = since
+        found = tuning.search(server, TODAY, SPACE, P99, 300.0)
+        assert not found.reached
+        assert "status 507" in tunepage.shortfall(found)
+    failing = tuning.search(MadeUp(failing=frozenset(SPACE.batch_sizes)), TODAY, SPACE, P99, 60.0)
+    assert "requests failed: status 500" in tunepage.shortfall(failing)
 
 
 def test_todays_settings_that_cannot_be_served_end_the_search() -> None:
@@ -236,6 +279,78 @@ def test_threads_and_workers_share_the_cores() -> None:
     assert {setting.workers for setting in seen} == {1, 2, 4}
     fixed = Space.of(replace(TODAY, threads=3), cores=4, formats=("onnx",), threads=False)
     assert {each.threads for each in (*fixed.first(TODAY), *fixed.neighbours(TODAY))} <= {1, 3}
+
+
+def test_no_more_workers_than_there_is_memory_for() -> None:
+    space = Space.of(TODAY, cores=8, formats=("onnx",), workers=3)
+    assert space.workers == (1, 2)
+    assert max(setting.workers for setting in space.first(TODAY)) == 2
+    assert Space.of(TODAY, cores=8, formats=("onnx",), workers=0).workers == (1,)
+
+
+# ---------------------------------------------------------------- the bench
+
+
+class Broken:
+    """A server from which nothing can be taken out."""
+
+    def __init__(self, folder: Path) -> None:
+        self.serving = folder / "serving"
+
+    def client(self, timeout: float) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+
+@pytest.fixture
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Trying:
+    def gone(*about: object) -> None:
+        raise ServerUnreachable("no server")
+
+    def interrupted(*about: object, **more: object) -> None:
+        raise KeyboardInterrupt
+
+    record = SimpleNamespace(model="digits", version="1.0", file="digits-1.0.mar")
+    made = Trying(cast(Server, Broken(tmp_path)), {}, target=P99, connections=4)
+    made._unpacked["onnx"] = cast(ArchiveRecord, record), tmp_path
+    monkeypatch.setattr(trying.variants, "write", lambda *about: (tmp_path / record.file).touch() or record)
+    monkeypatch.setattr(trying.golden, "read", lambda folder: [])
+    monkeypatch.setattr(trying.loading, "bring_in", interrupted)
+    monkeypatch.setattr(trying.loading, "remove", gone)
+    return made
+
+
+def test_ctrl_c_while_loading_stays_ctrl_c_though_nothing_can_be_taken_out(bench: Trying, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        bench.load(TODAY)
+    assert not list(tmp_path.glob("*.mar"))
+
+
+def test_what_cannot_be_taken_out_does_not_end_a_search(bench: Trying) -> None:
+    record, _ = bench._unpacked["onnx"]
+    bench._loaded[TODAY] = record
+    bench.drop(TODAY)
+    assert not bench._loaded
+
+
+def test_only_right_answers_count_as_a_rate(bench: Trying, monkeypatch: pytest.MonkeyPatch) -> None:
+    outcome = lean.Outcome(1000, 2.0, np.ones(400, np.float32), {"status 503": 600})
+    monkeypatch.setattr(bench, "_send", lambda *about: outcome)
+    found = bench.closed(TODAY, None, 2.0)
+    assert (found.rate, found.failed) == (200.0, 600)
+
+
+def test_a_closed_terminal_is_an_end_like_ctrl_c_but_under_nohup() -> None:
+    before = signal.getsignal(signal.SIGHUP)
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        with pytest.raises(SystemExit), scratch.terminable():
+            signal.raise_signal(signal.SIGHUP)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        with scratch.terminable():
+            signal.raise_signal(signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 # ---------------------------------------------------------------- the sender
@@ -393,6 +508,33 @@ def test_who_never_answers_is_given_up(odd: Odd, monkeypatch: pytest.MonkeyPatch
     assert sum(found.failures.values()) == found.requests >= 4
     assert found.overloaded  # the others could not even be sent
     assert all("no answer" in why for why in found.failures)
+
+
+def test_a_connection_that_still_owes_part_of_a_request_is_not_used_again(odd: Odd) -> None:
+    run = lean._Run(Plan("/right", 10, 0.1, 1), "127.0.0.1", odd.port, EXAMPLES, [set() for _ in EXAMPLES])
+    run._connect()
+    ((number, link),) = run._links.items()
+    link.example, link.left, run._flying = 0, b"rest", 1
+    run._free.clear()
+    run._fail(number, "status 413", renew=False)
+    ((_, fresh),) = run._links.items()
+    assert fresh is not link
+    assert link.sock.fileno() == -1
+    assert len(run._free) == 1
+    fresh.sock.close()
+    run._epoll.close()
+
+
+def test_a_sender_that_does_not_end_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[bool] = []
+    hanging = object.__new__(Sender)
+    hanging._pipe = cast(Any, SimpleNamespace(send=lambda plan: None, poll=lambda seconds: False))
+    hanging._process = cast(Any, SimpleNamespace(kill=lambda: ended.append(True)))
+    clock = iter((0.0, 1.0, 1000.0))
+    monkeypatch.setattr(lean, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    with pytest.raises(ServerError, match="does not come to an end"):
+        hanging.run(Plan("/right", 1, 1, 1))
+    assert ended
 
 
 def test_nobody_there_is_an_error_and_the_sender_lives_on(odd: Odd) -> None:

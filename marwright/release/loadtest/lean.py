@@ -97,6 +97,7 @@ class Sender:
             until = time.monotonic() + plan.seconds + plan.patience + 2 * HUNG + 30.0
             while not self._pipe.poll(0.2):
                 if time.monotonic() > until:
+                    self._process.kill()
                     raise ServerError("the sender does not come to an end", hint="try again on a calmer machine")
             found = self._pipe.recv()
         except (EOFError, OSError):
@@ -200,12 +201,12 @@ class _Run:
             now = clock()
             wait = 0.05
             if closed:
-                while free and now < end:
+                while free and (now := clock()) < end:
                     self._send(free.popleft(), now, at)
                     at += 1
             else:
                 while at < count:
-                    due = began + times[at]
+                    due, now = began + times[at], clock()
                     wait = due - now
                     if wait > 0:
                         break
@@ -344,6 +345,7 @@ class _Run:
 
     def _fail(self, number: int, why: str, *, renew: bool) -> None:
         link = self._links[number]
+        renew = renew or bool(link.left)  # the server still waits for the rest of the request
         link.example, link.have, link.left = -1, b"", b""
         self._flying -= 1
         self._failures[" ".join(why.split())] += 1
