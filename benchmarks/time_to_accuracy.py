@@ -30,6 +30,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
@@ -38,6 +39,7 @@ from marwright import files
 from marwright.learning import data, evaluation, recipe, training
 from marwright.learning.dataset import Dataset, Part
 
+Array = NDArray[np.float64]
 RESULTS = Path(__file__).parent / "results"
 RECIPES = Path(__file__).parent.parent / "recipes"
 ACCURACY, BUDGET, STREAMING = (RESULTS / f"{name}.csv" for name in ("time-to-accuracy", "fast-budget", "streaming"))
@@ -90,28 +92,35 @@ def _run(options: argparse.Namespace) -> None:
             dataset = data.load(chosen, path=options.data, cache=options.cache)
             workers = int(name[-1]) if name[-1].isdigit() else 0
             steps = ours(chosen, dataset) if name == "marwright" else tutorial(dataset, seed=seed, workers=workers)
-            spent, wanted = 0.0, sorted(options.accuracy)
-            for epoch, (seconds, accuracy) in enumerate(steps, 1):
-                spent += seconds
+            spent, work, wanted = 0.0, 0.0, sorted(options.accuracy)
+            for epoch, (seconds, processor, accuracy) in enumerate(steps, 1):
+                spent, work = spent + seconds, work + processor
                 while wanted and accuracy >= wanted[0]:
-                    rows.append(_row(options, loop=name, seed=seed, accuracy=wanted.pop(0), epochs=epoch, s=spent))
+                    reached = {"accuracy": wanted.pop(0), "epochs": epoch, "s": spent, "cpu": "" if workers else work}
+                    rows.append(_row(options, loop=name, seed=seed, **reached))
                     _write(ACCURACY, rows)
                 print(f"{name}, seed {seed}, epoch {epoch}: {accuracy:.4f} after {spent:.1f} s", flush=True)
                 if not wanted:
                     break
-            rows += [_row(options, loop=name, seed=seed, accuracy=one, epochs=epoch, s="") for one in wanted]
+            rows += [_row(options, loop=name, seed=seed, accuracy=one, epochs=epoch, s="", cpu="") for one in wanted]
             _write(ACCURACY, rows)
 
 
-def ours(chosen: recipe.Recipe, dataset: Dataset) -> Iterator[tuple[float, float]]:
-    """Seconds of each epoch, and the test accuracy after it."""
-    began = time.perf_counter()
+def clocks() -> Array:
+    """Seconds of the wall and of this process's work, its threads together."""
+    return np.array([time.perf_counter(), time.process_time()])
+
+
+def ours(chosen: recipe.Recipe, dataset: Dataset) -> Iterator[tuple[float, float, float]]:
+    """Seconds and processor seconds of each epoch, and the test accuracy after it."""
+    began = clocks()
     trainer = training.Trainer(chosen, dataset)
     while not trainer.done:
         trainer.epoch()
-        seconds = time.perf_counter() - began
-        yield seconds, evaluation.evaluate(trainer.graph, dataset.test, classes=dataset.classes).metrics["accuracy"]
-        began = time.perf_counter()
+        seconds, work = clocks() - began
+        scores = evaluation.evaluate(trainer.graph, dataset.test, classes=dataset.classes)
+        yield seconds, work, scores.metrics["accuracy"]
+        began = clocks()
 
 
 class Pictures(torch.utils.data.Dataset[tuple[Tensor, int]]):
@@ -130,7 +139,7 @@ class Pictures(torch.utils.data.Dataset[tuple[Tensor, int]]):
         return self.transform(Image.fromarray(self.arrays[i])), self.targets[i]
 
 
-def tutorial(dataset: Dataset, *, seed: int, workers: int) -> Iterator[tuple[float, float]]:
+def tutorial(dataset: Dataset, *, seed: int, workers: int) -> Iterator[tuple[float, float, float]]:
     """The same of the usual loop, over the same examples."""
     from torchvision import transforms  # type: ignore[import-untyped]
 
@@ -143,17 +152,17 @@ def tutorial(dataset: Dataset, *, seed: int, workers: int) -> Iterator[tuple[flo
     criterion = nn.CrossEntropyLoss()
     optimiser = torch.optim.SGD(net.parameters(), lr=0.001, momentum=0.9)
     for _ in range(LONGEST):
-        began = time.perf_counter()
+        began = clocks()
         net.train()
         for inputs, targets in loader:
             optimiser.zero_grad()
             criterion(net(inputs), targets).backward()
             optimiser.step()
-        seconds = time.perf_counter() - began
+        seconds, work = clocks() - began
         net.eval()
         with torch.inference_mode():
             right = sum(int((net(inputs).argmax(1) == targets).sum()) for inputs, targets in tests)
-        yield seconds, right / len(judged)
+        yield seconds, work, right / len(judged)
 
 
 # A fixed time
@@ -277,25 +286,31 @@ def _accuracy_table() -> str:
     if not rows:
         return ""
     lines = ["### Time to an accuracy (cifar10, LeNet, test part)", "", _where(rows[0]), ""]
-    lines += ["| accuracy | loop | seconds, median (each) | epochs | times ours |", "|---|---|---|---|---|"]
+    lines += ["| accuracy | loop | seconds, median (each) | epochs | times ours | processor seconds | times ours |"]
+    lines += ["|---|---|---|---|---|---|---|"]
     for accuracy in sorted({float(row["accuracy"]) for row in rows}):
         of = {
             name: [row for row in rows if row["loop"] == name and float(row["accuracy"]) == accuracy] for name in LOOPS
         }
         base = [float(row["s"]) for row in of[LOOPS[0]] if row["s"]]
+        work = [float(row["cpu"]) for row in of[LOOPS[0]] if row["cpu"]]
         for name, found in of.items():
             times = [float(row["s"]) for row in found if row["s"]]
             if not found:
                 continue
             if len(times) < len(found):
                 lines.append(
-                    f"| {accuracy:.0%} | {name} | not reached by {len(found) - len(times)} of {len(found)} | | |"
+                    f"| {accuracy:.0%} | {name} | not reached by {len(found) - len(times)} of {len(found)} | | | | |"
                 )
                 continue
             ratio = f"{statistics.median(times) / statistics.median(base):.1f}" if base else ""
             each = ", ".join(f"{one:.1f}" for one in times)
             epochs = ", ".join(row["epochs"] for row in found)
-            lines.append(f"| {accuracy:.0%} | {name} | {statistics.median(times):.1f} ({each}) | {epochs} | {ratio} |")
+            spent = [float(row["cpu"]) for row in found if row["cpu"]]
+            of_work = f"{statistics.median(spent):.0f} | " if spent else " | "
+            of_work += f"{statistics.median(spent) / statistics.median(work):.1f}" if spent and work else ""
+            middle = f"{statistics.median(times):.1f} ({each})"
+            lines.append(f"| {accuracy:.0%} | {name} | {middle} | {epochs} | {ratio} | {of_work} |")
     return "\n".join(lines)
 
 
