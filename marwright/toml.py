@@ -38,7 +38,7 @@ def with_keys(text: str, table: str, values: Mapping[str, Value], *, without: Co
         wanted.setdefault(table, {}).update(values)
         for key in without:
             if wanted[table].pop(key, None) is not None:
-                section.remove(key)
+                del section[key]
         changed = tomlkit.dumps(document)
         right = tomllib.loads(changed) == wanted
     except (tomllib.TOMLDecodeError, TOMLKitError, TypeError, AttributeError) as error:
