@@ -160,6 +160,24 @@ def test_the_first_layer_whitens_the_patches_of_the_training_part(folder: Path, 
     assert not net.whiten.weight.requires_grad
 
 
+def test_whitening_from_many_pieces_is_that_of_all_patches_together() -> None:
+    x = torch.randn(150, 3, 16, 16, generator=seeded(0)) * 2 + torch.tensor([1.0, -2.0, 0.5]).reshape(1, 3, 1, 1)
+    net = nets.build("fast_net", channels=3, height=16, width=16, classes=3, narrow=4, wide=8)
+    net.prepare(x)
+    assert isinstance(net, nets.FastNet)
+    with torch.no_grad():
+        flat = net.whiten(x)[:, :12].permute(1, 0, 2, 3).flatten(1)
+    assert torch.allclose(torch.cov(flat), torch.eye(12), atol=2e-3)
+
+
+def test_a_net_that_need_not_look_is_shown_nothing(tiny_set: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    def looked(*about: Any) -> None:
+        raise AssertionError("it was shown examples")
+
+    monkeypatch.setattr(nets.ServingGraph, "normalise", looked)
+    graphs.build(tiny(), tiny_set)
+
+
 def test_with_mirror_a_picture_and_its_mirror_image_get_one_answer() -> None:
     torch.manual_seed(0)
     net = nets.build("fast_net", channels=3, height=16, width=16, classes=4, narrow=4, wide=8, mirror=True).eval()
