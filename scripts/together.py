@@ -68,7 +68,7 @@ def launch(settings: TrainSettings) -> int:
             ) from None
         except RendezvousError as error:
             raise RunError(
-                f"the processes did not meet: {error or type(error).__name__}",
+                f"the processes did not meet: {str(error) or type(error).__name__}",
                 hint="all machines need the same --rdzv-endpoint, and --nnodes of them must be started",
             ) from None
         except (ValueError, AssertionError) as error:

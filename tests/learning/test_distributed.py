@@ -18,7 +18,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.run
 from torch import nn
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.elastic.rendezvous import RendezvousTimeoutError
 
 from marwright.errors import RunError, SettingsError
 from marwright.learning import data, distributed, methods, recipe, training
@@ -256,6 +259,23 @@ def test_a_restart_is_known_by_the_mark_of_the_first_start(tmp_path: Path, monke
 def test_nonsense_that_torchrun_finds_late_is_refused() -> None:
     with pytest.raises(SettingsError, match="--nnodes=abc"):
         together.launch(TrainSettings(nproc=1, torchrun="--nnodes=abc"))
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (ChildFailedError("x", {1: ProcessFailure(1, 7, -9, "")}), "process 1 ended with signal 9"),
+        (ChildFailedError("x", {0: ProcessFailure(0, 7, 3, "")}), "process 0 ended with exit status 3"),
+        (RendezvousTimeoutError(), "did not meet: RendezvousTimeoutError"),
+    ],
+)
+def test_how_a_team_was_lost_is_said(error: Exception, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(arguments: object) -> None:
+        raise error
+
+    monkeypatch.setattr(torch.distributed.run, "run", lost)
+    with pytest.raises(RunError, match=says):
+        together.launch(TrainSettings(nproc=2))
 
 
 @pytest.mark.parametrize(
