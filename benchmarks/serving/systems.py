@@ -141,7 +141,7 @@ def _ours(
 
 BY_HAND = {
     "latency": {"workers": 1, "batch_size": 1, "max_batch_delay": 1},
-    "throughput": {"workers": 2, "batch_size": 16, "max_batch_delay": 1},
+    "throughput": {"workers": 2, "batch_size": 8, "max_batch_delay": 1},
 }
 """The profiles, where recipes cannot name them."""
 
