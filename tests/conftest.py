@@ -17,6 +17,14 @@ from tests.handlers import archives
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+LONG = ("test_readme.py", "test_demo.py", "test_tune.py", "test_serving.py", "test_events.py", "test_retrain_served.py")
+"""Files that take minutes: begun first, so that of two that are tested at a time none is left over for the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
+
 @pytest.fixture(scope="session")
 def zoo() -> dict[str, menagerie.Oddity]:
     """Odd requests by name; see `tests/zoo.py`."""
