@@ -582,7 +582,7 @@ def test_a_killed_run_leaves_what_it_had_written(odd: Odd, tmp_path: Path) -> No
 def test_a_run_outlives_its_token_without_one_refusal(echo_home: torchserve.Home, tmp_path: Path) -> None:
     tokens = Tokens(echo_home.key_file, echo_home.config)  # whose keys last three seconds here
     summary, read = fire(
-        echo_home.config, ["a", "b"], tmp_path / "raw.csv", tokens, model="echo", rate=60, seconds=7, grpc_share=0.5
+        echo_home.config, ["a", "b"], tmp_path / "raw.csv", tokens, model="echo", rate=30, seconds=7, grpc_share=0.5
     )
     assert sum(event["event"] == "renewing the token" for event in read.events) >= 2
     assert summary.counts == {"ok": summary.requests, "refused": 0, "broken": 0, "hung": 0, "wrong": 0}
