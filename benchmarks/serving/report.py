@@ -23,6 +23,17 @@ Row = dict[str, str]
 Value = Callable[[Row], float]
 
 
+def _fewer(figures: Figures) -> str:
+    """Who was not there in every round, and whose figures were so taken at other times than the rest."""
+    seen: dict[str, set[str]] = {}
+    for row in figures.rows:
+        if row["mode"] == "closed":
+            seen.setdefault(row["system"], set()).add(row["round"])
+    most = max(map(len, seen.values()))
+    fewer = [f"{name} ({len(rounds)})" for name, rounds in sorted(seen.items()) if len(rounds) < most]
+    return f"In fewer rounds, by themselves: {', '.join(fewer)}. " if fewer else ""
+
+
 def rate(row: Row) -> float:
     """Right answers a second."""
     seconds = float(row["seconds"])
@@ -117,6 +128,7 @@ def section(raw: Path = RAW, *, plots: Path = rows.PLOTS) -> str | None:
     parts = [
         "## Serving, side by side",
         f"{figures.about}. {figures.rounds} rounds, each system once in each, in another order every time; medians. "
+        f"{_fewer(figures)}"
         "Every answer was checked: status 200, the right five labels in order, numbers within 0.001 of what the same "
         "weights give for that picture. `python -m benchmarks.serving run --data cifar10.zip` makes the raw file.",
         "### Goals",
