@@ -343,7 +343,8 @@ class Meters:
                 self._count(grown, "marwright_predictions_total", (self._classes[index],), count)
 
     def _pictures(self, grown: dict[Series, float], batches: Sequence[_Batch]) -> None:
-        pixels = [one.pixels for one in batches if one.pixels is not None]
+        # A batch of nothing but refusals has no picture, and no rows to reshape.
+        pixels = [one.pixels for one in batches if one.pixels is not None and len(one.pixels)]
         if not pixels:
             return
         rows = np.concatenate(pixels).reshape(sum(map(len, pixels)), -1)

@@ -209,6 +209,16 @@ def test_brightness_and_contrast_are_those_of_the_pixels(count: Any) -> None:
     assert worker.sum("brightness_bucket", "0.1") == 1
 
 
+def test_a_batch_without_a_single_picture_leaves_the_others_figures_alone(
+    count: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    worker = count()
+    assert worker.ask(Sent({"body": b"no picture"}, HTTP)) == [415]
+    assert worker.ask(Sent({"body": PNG}, HTTP), Sent({"body": b"no picture"}, HTTP)) == [200, 415]
+    assert worker.sum("brightness_count") == 1
+    assert not [one for one in caplog.records if "incomplete" in one.getMessage()]
+
+
 def test_a_regressor_has_requests_and_times_and_no_classes(count: Any) -> None:
     worker = count("diabetes")
     assert worker.ask(Sent({"body": zoo.ROW}, HTTP), Sent({"body": [1]}, HTTP))[0] == 200
