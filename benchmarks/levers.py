@@ -191,14 +191,25 @@ def figures(found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def opened(made: Material, folder: Path, lever: Mapping[str, str]) -> Iterator[tuple[int, Tokens, Path]]:
-    """A server of its own with this lever, its two workers ready."""
+def opened(
+    made: Material,
+    folder: Path,
+    lever: Mapping[str, str],
+    *,
+    workers: int = 2,
+    batch_size: int = 16,
+    model: str = "cifar10",
+) -> Iterator[tuple[int, Tokens, Path]]:
+    """A server of its own with this lever, the workers of `model` ready: cifar10, or gathering."""
     folder.mkdir(parents=True)
-    ours(made, folder / "store", "1.0", workers=2, batch_size=16)
+    if model == "gathering":
+        gathering(made, folder / "store", "1.0", workers)
+    else:
+        ours(made, folder / "store", "1.0", workers=workers, batch_size=batch_size)
     shipped = properties.read(ROOT / "config.properties")
     settings = {key: f"{shipped[key]} {value[1:]}" if value.startswith("+") else value for key, value in lever.items()}
-    expected = {"cifar10": Expected("1.0", 2)}
-    with torchserve.home(folder, expected, archives=["cifar10-1.0.mar"], settings=settings) as home:
+    expected = {model: Expected("1.0", workers)}
+    with torchserve.home(folder, expected, archives=[f"{model}-1.0.mar"], settings=settings) as home:
         home.bring_up()
         yield int(home.config.inference_url.rpartition(":")[2]), Tokens(home.key_file, home.config), folder
 
@@ -226,6 +237,7 @@ def gathering(made: Material, store: Path, version: str, workers: int) -> None:
     }
     digests = {one: hashlib.sha256(content).hexdigest() for one, content in members.items() if one != archive.DIGESTS}
     members[archive.DIGESTS] = (json.dumps(digests, indent=2, sort_keys=True) + "\n").encode()
+    store.mkdir(parents=True, exist_ok=True)
     container.write(store / f"gathering-{version}.mar", members)
 
 

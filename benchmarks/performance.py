@@ -23,6 +23,7 @@ PAGE = ROOT / "docs" / "performance.md"
 SECTIONS = (
     "benchmarks.serving",
     "benchmarks.stages",
+    "benchmarks.profiles",
     "benchmarks.decoders",
     "benchmarks.levers",
     "benchmarks.startup",
@@ -36,6 +37,7 @@ DATA = "--data"
 COMMANDS: dict[str, tuple[tuple[str, ...], ...]] = {
     "serving": (("-m", "benchmarks.serving", "run", DATA),),
     "stages": (("benchmarks/stages.py", "run"),),
+    "profiles": (("benchmarks/profiles.py", "run", DATA),),
     "decoders": (("benchmarks/decoders.py", "run", DATA),),
     "levers": (
         ("benchmarks/levers.py", "grid", DATA),

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import performance
+from benchmarks import performance, profiles
 from benchmarks.serving import load, names, report
 from benchmarks.serving.load import Case
 
@@ -211,3 +211,18 @@ def test_an_open_loop_keeps_to_its_schedule_and_counts_waiting(program: Path, tm
     assert steady["right"] == steady["scheduled"] == 200
     assert random["right"] == random["scheduled"]
     assert 130 < random["scheduled"] < 270  # five standard deviations
+
+
+def test_a_sample_belongs_to_the_innermost_frame_that_is_known() -> None:
+    way = "<module> (ts/model_service_worker.py:301);predict (handlers/wire.py:274);handle (handlers/base.py:109)"
+    net = f"{way};run (handlers/runtime.py:96);run (onnxruntime/capi/x.py:3);MlasConv (onnxruntime/capi/x.so)"
+    folded = f"{net} 6\n{way};parse (handlers/payloads.py:9) 2\n{way} 1\nstart_thread (libc.so.6) 1\n"
+    assert profiles.shares(folded) == {
+        "forward pass": 0.6, "reading what is asked": 0.2, "the handler's own way": 0.1, "other": 0.1
+    }  # fmt: skip
+    assert profiles.stage("handle_connection (/x/site-packages/ts/model_service_worker.py:190)") == "`ts`, sending"
+
+
+def test_stacks_that_differ_in_addresses_alone_are_one() -> None:
+    folded = "0x7f57 (libc.so.6);run (handlers/runtime.py:96);0x1 (x.so) 2\nrun (handlers/runtime.py:96);0x2 (x.so) 3\n"
+    assert profiles._shortened(folded) == "run (handlers/runtime.py:96) 5\n"
