@@ -47,7 +47,7 @@ from tests import torchserve  # noqa: E402
 RESULTS = Path(__file__).parent / "results"
 WORK = ROOT / "runs" / "serving"
 CONNECTIONS = (1, 8, 64, 128)
-GRID = ((1, 1), (2, 1), (1, 8), (2, 4), (2, 8), (2, 16), (2, 32), (1, 32))
+GRID = ((1, 1), (2, 1), (1, 8), (2, 4), (2, 8), (2, 12), (2, 16), (2, 32), (1, 32))
 """(workers, batch), delay 1 ms, one thread each."""
 GATHERING = (4, 8, 16)
 """Workers with batch 1 and one process behind them, which forms the batches: the experiment of `gathering.py`."""

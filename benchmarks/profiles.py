@@ -3,7 +3,7 @@
     python benchmarks/profiles.py run --data cifar10.zip --rounds 3      # three minutes; replaces its files in results/
     python benchmarks/profiles.py show
 
-cifar10's small net, 32×32 PNGs; both profiles, and the experiment of `gathering.py`. `profiles.csv` has the processor
+cifar10's small net, 32×32 PNGs; the profiles, and the experiment of `gathering.py`. `profiles.csv` has the processor
 time of java and of the workers, by what the kernel says of each process; `profile-*.txt` are samples of one worker
 under load, its stacks folded as flame graphs are made of (py-spy, 500 a second, native code too, what waits left out).
 py-spy is installed beside the nets, in runs/serving, the first time.
@@ -34,11 +34,12 @@ RESULTS = Path(__file__).parent / "results"
 OUT = RESULTS / "profiles.csv"
 SAMPLER = "py-spy==0.4.2"
 GATHERED = "batches formed in the worker"
-LOADS = (("latency", 1), ("throughput", 1), ("throughput", 8), ("throughput", 64), (GATHERED, 64))
+LOADS = (("latency", 1), ("balanced", 8), ("throughput", 64), (GATHERED, 8), (GATHERED, 64))
 """Profile, connections."""
 SERVING: dict[str, dict[str, Any]] = {
     "latency": {"workers": 1, "batch_size": 1},
-    "throughput": {"workers": 2, "batch_size": 8},
+    "balanced": {"workers": 2, "batch_size": 4},
+    "throughput": {"workers": 2, "batch_size": 12},
     GATHERED: {"workers": 8, "batch_size": 1, "model": "gathering"},
 }
 SAMPLED = (("latency", 1), ("throughput", 64))

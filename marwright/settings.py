@@ -104,8 +104,8 @@ class ArchiveSettings(ExportSettings):
 
     version: str | None = None
     """Instead of the next one: 1.0, 1.1, …"""
-    profile: Literal["latency", "throughput"] | None = None
-    """Workers, batch size, delay and threads for few clients or for many, instead of the recipe's."""
+    profile: Literal["latency", "balanced", "throughput"] | None = None
+    """Workers, batch size, delay and threads for few clients, a handful or many, instead of the recipe's."""
 
 
 @dataclass(frozen=True, kw_only=True)

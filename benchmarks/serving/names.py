@@ -19,6 +19,7 @@ TUNED = {
     "stock-tuned": f"stock handler, {_TUNED}",
     "echo": f"stock server, a handler that does nothing, {_TUNED}",
     "marwright-latency": "profile latency, config.properties as it is, keys checked",
+    "marwright-balanced": "profile balanced, config.properties as it is, keys checked",
     "marwright-throughput": "profile throughput, config.properties as it is, keys checked",
     "marwright-plain": "profile throughput, Pillow decodes, stock wire (MARWRIGHT_WIRE=off), keys checked",
     "marwright-no-keys": "profile throughput, disable_token_authorization=true, as all but ours have here",
@@ -34,7 +35,7 @@ TUNED = {
 }
 ORDER = tuple(TUNED)
 PEERS = ("fastapi", "fastapi-batched", "litserve", "bentoml", "ray", "mlserver", "pytriton")
-PROFILES = ("marwright-latency", "marwright-throughput")
+PROFILES = ("marwright-latency", "marwright-balanced", "marwright-throughput")
 SHORT = ("marwright-no-keys", "stock-tuned-resnet", "marwright-throughput-resnet")
 """Asked at 1 and 64 connections alone."""
 FAILURES = {"bad_status": "with another status", "wrong": "wrong", "broken": "broken off", "hung": "never answered"}

@@ -294,7 +294,7 @@ def _goals(figures: Figures) -> Iterable[Goal]:
     reached = None if math.isnan(lone) else lone <= 0.35
     yield Goal("1 connection, latency profile, p50", "≤ 0.35 ms", beside, reached)
     best = _fastest(figures, names.PROFILES, 8)
-    yield _at_least("8 connections, better profile to stock tuned", 4, ratio(best, figures.closed("stock-tuned", 8)))
+    yield _at_least("8 connections, best profile to stock tuned", 4, ratio(best, figures.closed("stock-tuned", 8)))
     yield _peers(figures)
     plain = ratio(figures.closed("marwright-plain", 64), tuned)
     yield _at_least("64 connections, Pillow and stock wire, to stock tuned", 1.7, plain)
@@ -319,7 +319,7 @@ def _fastest(figures: Figures, systems: Sequence[str], connections: int) -> dict
 
 
 def _peers(figures: Figures) -> Goal:
-    """More than each, and a lower p99, with the better of our profiles."""
+    """More than each, and a lower p99, with the best of our profiles."""
     ahead, compared = [], 0
     for name in figures.systems:
         for count in CONNECTIONS if name in names.PEERS else ():

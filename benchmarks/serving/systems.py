@@ -32,7 +32,6 @@ from benchmarks.serving import load, material, names
 from benchmarks.serving.load import Case
 from benchmarks.serving.material import Material, Net
 from marwright.learning import recipe
-from marwright.learning.tables import Serving
 from marwright.packing import archive
 from marwright.release.server import Expected, Server
 from marwright.release.tokens import Tokens
@@ -139,20 +138,10 @@ def _ours(
     return opened
 
 
-BY_HAND = {
-    "latency": {"workers": 1, "batch_size": 1, "max_batch_delay": 1},
-    "throughput": {"workers": 2, "batch_size": 8, "max_batch_delay": 1},
-}
-"""The profiles, where recipes cannot name them."""
-
-
 def _archive(net: Net, store: Path, profile: str, decoder: str) -> int:
     """The archive of one of our systems as cifar10 1.0; returns its number of workers."""
     given: dict[str, object] = {"data.path": "-", "serving.explain": False}
-    if "profile" in Serving.model_fields:
-        given["serving.profile"] = profile
-    else:
-        given |= {f"serving.{name}": value for name, value in BY_HAND[profile].items()}
+    given["serving.profile"] = profile
     chosen = recipe.load(material.RECIPES[net.name], recipes_dir=material.ROOT / "recipes", overrides=given)
     chosen = chosen.model_copy(update={"name": "cifar10"})
     artifact = material.with_pillow(net.artifact) if decoder == "pillow" else net.artifact
@@ -278,6 +267,7 @@ _ALL = (
     System("stock-tuned", _tuned_stock(), kinds=OTHER_KINDS, body=_stock_body, prepares="stock"),
     System("echo", _stock(model=TWO, server=QUIET, variables=ONE_THREAD, nothing=True), answers="exact"),
     System("marwright-latency", _ours(profile="latency")),
+    System("marwright-balanced", _ours(profile="balanced")),
     System("marwright-throughput", _ours(profile="throughput"), kinds=OTHER_KINDS),
     System("marwright-plain", _ours(profile="throughput", wire=False, decoder="pillow")),
     System("marwright-no-keys", _ours(profile="throughput", tokens=False)),

@@ -200,12 +200,13 @@ class Serving(Table):
 
     PROFILES: ClassVar[Mapping[str, Mapping[str, int]]] = {
         "latency": {"workers": 1, "batch_size": 1, "max_batch_delay": 1, "threads": 1},
-        "throughput": {"workers": 2, "batch_size": 8, "max_batch_delay": 1, "threads": 1},
+        "balanced": {"workers": 2, "batch_size": 4, "max_batch_delay": 1, "threads": 1},
+        "throughput": {"workers": 2, "batch_size": 12, "max_batch_delay": 1, "threads": 1},
     }
-    """Few clients, many clients. Fixed numbers, so that a recipe makes the same archive on every machine."""
+    """Few clients, a handful, many. Fixed numbers, so that a recipe makes the same archive on every machine."""
 
     format: Literal["onnx", "eager"] = "onnx"
-    profile: Literal["latency", "throughput"] | None = None
+    profile: Literal["latency", "balanced", "throughput"] | None = None
     """Sets those of the next four keys that are not given."""
     workers: Annotated[int, Field(ge=1, le=1024)] = 1
     batch_size: Annotated[int, Field(ge=1, le=4096)] = 16
