@@ -39,7 +39,7 @@ LOADS = (("latency", 1), ("balanced", 8), ("throughput", 64), (GATHERED, 8), (GA
 SERVING: dict[str, dict[str, Any]] = {
     "latency": {"workers": 1, "batch_size": 1},
     "balanced": {"workers": 2, "batch_size": 4},
-    "throughput": {"workers": 2, "batch_size": 12},
+    "throughput": {"workers": 2, "batch_size": 8},
     GATHERED: {"workers": 8, "batch_size": 1, "model": "gathering"},
 }
 SAMPLED = (("latency", 1), ("throughput", 64))

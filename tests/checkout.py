@@ -47,6 +47,8 @@ class Project:
         kept = ("HOME", "LANG", "LC_ALL", "USER")
         environment = {name: os.environ[name] for name in kept if name in os.environ}
         environment |= {"PATH": self.path, "TMPDIR": str(self.temp), "TEMP": str(self.temp), "COLUMNS": "120"}
+        # What mypy found of the same files before it need not find once more.
+        environment |= {"MYPY_CACHE_DIR": str(ROOT / ".mypy_cache")}
         log = self.root / "shell.log"
         with log.open("w+", encoding="utf-8") as output:
             # A file and not a pipe: a server that is started here keeps the caller's stdout open.

@@ -201,7 +201,7 @@ class Serving(Table):
     PROFILES: ClassVar[Mapping[str, Mapping[str, int]]] = {
         "latency": {"workers": 1, "batch_size": 1, "max_batch_delay": 1, "threads": 1},
         "balanced": {"workers": 2, "batch_size": 4, "max_batch_delay": 1, "threads": 1},
-        "throughput": {"workers": 2, "batch_size": 12, "max_batch_delay": 1, "threads": 1},
+        "throughput": {"workers": 2, "batch_size": 8, "max_batch_delay": 1, "threads": 1},
     }
     """Few clients, a handful, many. Fixed numbers, so that a recipe makes the same archive on every machine."""
 
