@@ -71,6 +71,7 @@ LEVERS: dict[str, dict[str, str]] = {
     "fork-join pool of 2": {"vmargs": f"-Dlog4j.configurationFile=deploy/log4j2.xml {POOL}2"},
     "SerialGC, 256 MB": {"vmargs": "+-XX:+UseSerialGC -Xmx256m"},
     "ParallelGC": {"vmargs": "+-XX:+UseParallelGC"},
+    "C1 compiler alone": {"vmargs": "+-XX:TieredStopAtLevel=1"},
     "keys not checked": {"disable_token_authorization": "true"},
     "job_queue_size=100": {"job_queue_size": "100"},
 }
@@ -169,13 +170,10 @@ def server(options: argparse.Namespace) -> None:
             for lever in order:
                 with opened(made, Path(name) / f"{number}-{order.index(lever)}", LEVERS[lever]) as (port, keys, folder):
                     manifest = load.write(folder / "sent", cases(made, port, "/predictions/cifar10", keys))
-                    for connections, seconds in ((64, 4.0), (64, options.seconds), (1, options.seconds)):
-                        found = load.ask(program, manifest, port=port, connections=connections, seconds=seconds)
-                        # The first is the warming up.
-                        if (connections, seconds) != (64, 4.0):
-                            rows.add(
-                                out, {"round": number, "lever": lever, "connections": connections, **figures(found)}
-                            )
+                    load.warm(program, manifest, port=port, seconds=8.0)
+                    for connections in (64, 1):
+                        found = load.ask(program, manifest, port=port, connections=connections, seconds=options.seconds)
+                        rows.add(out, {"round": number, "lever": lever, "connections": connections, **figures(found)})
 
 
 def figures(found: Mapping[str, Any]) -> dict[str, Any]:

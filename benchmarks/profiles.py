@@ -43,7 +43,7 @@ SERVING: dict[str, dict[str, Any]] = {
     GATHERED: {"workers": 8, "batch_size": 1, "model": "gathering"},
 }
 SAMPLED = (("latency", 1), ("throughput", 64))
-WARM, LONG = 8.0, 4.0
+LONG = 4.0
 """Seconds of load."""
 
 STAGES = (
@@ -83,7 +83,7 @@ def run(options: argparse.Namespace) -> None:
                 path = f"/predictions/{serving.get('model', 'cifar10')}"
                 manifest = load.write(folder / "sent", levers.cases(made, port, path, keys))
                 java, workers = _processes(folder)
-                load.ask(program, manifest, port=port, connections=64, seconds=WARM)
+                load.warm(program, manifest, port=port, seconds=8.0)
                 loads = [connections for of, connections in LOADS if of == profile]
                 for number in range(options.rounds):
                     for connections in loads:

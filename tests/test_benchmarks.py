@@ -226,3 +226,16 @@ def test_a_sample_belongs_to_the_innermost_frame_that_is_known() -> None:
 def test_stacks_that_differ_in_addresses_alone_are_one() -> None:
     folded = "0x7f57 (libc.so.6);run (handlers/runtime.py:96);0x1 (x.so) 2\nrun (handlers/runtime.py:96);0x2 (x.so) 3\n"
     assert profiles._shortened(folded) == "run (handlers/runtime.py:96) 5\n"
+
+
+@pytest.mark.parametrize(
+    ("rates", "pieces"), [((100, 200, 300, 310, 900), 4), ((100, 90, 400), 2), ((1, 2, 4, 8, 16, 32, 64), 5)]
+)
+def test_warming_ends_when_it_no_longer_gets_faster(
+    rates: tuple[int, ...], pieces: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = [{"right": rate * load.PIECE, "seconds": load.PIECE} for rate in rates]
+    left = iter(asked)
+    monkeypatch.setattr(load, "ask", lambda *_, **__: next(left))
+    load.warm(Path("load"), Path("manifest"), port=1, seconds=2 * load.PIECE, most=5 * load.PIECE)
+    assert list(left) == asked[pieces:]

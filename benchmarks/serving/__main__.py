@@ -24,7 +24,7 @@ def main() -> None:
     verb.add_argument("--systems", nargs="+", metavar="NAME", help="some of them; all when left out")
     verb.add_argument("--rounds", type=int, default=3)
     verb.add_argument("--seconds", type=float, default=3.0, help="of each row")
-    verb.add_argument("--warm", type=float, default=5.0, help="seconds of load before a started system's first row")
+    verb.add_argument("--warm", type=float, default=5.0, help="seconds of load, at least, before the first row")
     verb.add_argument("--quick", action="store_true", help="1 and 64 connections, small PNGs alone")
     verb.add_argument("--resume", action="store_true", help="keep the raw file's finished systems, do the rest")
     verb.add_argument("--no-install", action="store_true", help="do not install peers that are missing")

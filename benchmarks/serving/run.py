@@ -168,8 +168,7 @@ class Asked:
     def all(self, cases: list[Case]) -> None:
         seconds = self.options.seconds
         manifest = load.write(self.folder / "asked", cases)
-        warm = max(1.0, self.options.warm)
-        load.ask(self.program, manifest, port=self.served.port, connections=64, seconds=warm)  # not counted
+        load.warm(self.program, manifest, port=self.served.port, seconds=self.options.warm)
         fastest = 0.0
         counts = (64, 1) if self.system.short else CONNECTIONS
         if self.options.quick:
