@@ -9,8 +9,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 RECIPE ?= digits
-# Three files at a time: tests wait for servers more than they compute. `make test PYTEST_ARGS=` is one after the other.
-PYTEST_ARGS ?= -n 3 --dist loadfile --no-loadscope-reorder
+# Two files at a time: tests wait for servers more than they compute. `make test PYTEST_ARGS=` is one after the other.
+PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 MODEL ?= $(basename $(notdir $(RECIPE)))
 
 # Options that a target passes on when they are given: make archive RECIPE=cifar10 DATA=cifar10.zip EPOCHS=5

@@ -90,4 +90,4 @@ def test_only_the_feedback_room_knows_databases_that_are_shared() -> None:
 
 def test_torchserve_is_imported_where_it_is_compared_and_nowhere_else() -> None:
     users = [path for path in python_files("tests", "benchmarks", "scripts", "marwright") if "ts" in tops(path)]
-    assert {path.name for path in users} == {"test_worker_contract.py", "stages.py"}
+    assert {path.name for path in users} == {"test_worker_contract.py", "stages.py", "gathering.py"}

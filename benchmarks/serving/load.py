@@ -90,8 +90,8 @@ def warm(program: Path, manifest: Path, *, port: int, seconds: float, most: floa
     """Load from 64 connections that is not counted: for so long, and on until it no longer gets faster.
 
     Java compiles what is used often while it runs, and on two busy cores that takes half a minute: a server that is
-    measured before is measured at half its speed. Done when a piece answered less than 5 % more than the best one before,
-    or after `most` seconds.
+    measured before is measured at half its speed. Done when a piece answered less than 5 % more than the best one, or
+    after `most` seconds.
     """
     best, spent = 0.0, 0.0
     while spent < most:
