@@ -57,6 +57,8 @@ STAGES = (
     ("`ts`, sending", r"(^|/)ts/"),
 )
 """What the innermost Python frame of ours says that a sample was; the first that fits a frame."""
+WAITING = re.compile(r"(^|;)(__libc_)?recv \([^;]*$")
+"""A stack that ends there waits for the next frame; the sampler does not always see that."""
 FRAME = re.compile(r"\((?P<file>[^()]+\.py):\d+\)$")
 
 
@@ -151,11 +153,12 @@ def stage(stack: str) -> str:
 
 
 def shares(folded: str) -> dict[str, float]:
-    """Stage → share of the samples, the largest first."""
+    """Stage → share of the samples that do not wait, the largest first."""
     counts: collections.Counter[str] = collections.Counter()
     for line in folded.splitlines():
         stack, _, count = line.rpartition(" ")
-        counts[stage(stack)] += int(count)
+        if not WAITING.search(stack):
+            counts[stage(stack)] += int(count)
     return {name: count / counts.total() for name, count in counts.most_common()}
 
 

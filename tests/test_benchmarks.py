@@ -217,6 +217,7 @@ def test_a_sample_belongs_to_the_innermost_frame_that_is_known() -> None:
     way = "<module> (ts/model_service_worker.py:301);predict (handlers/wire.py:274);handle (handlers/base.py:109)"
     net = f"{way};run (handlers/runtime.py:96);run (onnxruntime/capi/x.py:3);MlasConv (onnxruntime/capi/x.so)"
     folded = f"{net} 6\n{way};parse (handlers/payloads.py:9) 2\n{way} 1\nstart_thread (libc.so.6) 1\n"
+    folded += "retrieve (handlers/wire.py:120);_more (handlers/wire.py:158);recv (libc.so.6) 7\n"
     assert profiles.shares(folded) == {
         "forward pass": 0.6, "reading what is asked": 0.2, "the handler's own way": 0.1, "other": 0.1
     }  # fmt: skip
