@@ -193,8 +193,8 @@ def section() -> str | None:
         ["## Processor time of a request", "",
          f"Microseconds a request, medians of the rounds ({about}). `python benchmarks/profiles.py run`.", "",
          rows.markdown(titles, table), "",
-         "What a worker is at when it does not wait for a frame, share of the samples; where sending wakes the frontend, "
-         "which takes the core, that counts as sending (folded stacks: `benchmarks/results/profile-*.txt`):", "",
+         "What a worker is at when it does not wait for a frame, share of the samples. Sending wakes the "
+         "frontend, which takes the core: that counts as sending. Folded: `benchmarks/results/profile-*.txt`.", "",
          rows.markdown(["stage", *sampled], stages),
          ""]
     )  # fmt: skip
