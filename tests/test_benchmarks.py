@@ -240,3 +240,10 @@ def test_warming_ends_when_it_no_longer_gets_faster(
     monkeypatch.setattr(load, "ask", lambda *_, **__: next(left))
     load.warm(Path("load"), Path("manifest"), port=1, seconds=2 * load.PIECE, most=5 * load.PIECE)
     assert list(left) == asked[pieces:]
+
+
+def test_the_page_says_who_was_not_there_in_every_round(raw: Path) -> None:
+    assert "In fewer rounds" not in (report.section(raw, plots=raw.parent) or "")
+    lines = raw.read_text().splitlines(keepends=True)
+    raw.write_text("".join(line for line in lines if not line.startswith("1,litserve,")))
+    assert "In fewer rounds, by themselves: litserve (1)." in (report.section(raw, plots=raw.parent) or "")
